@@ -1,0 +1,60 @@
+"""Role-aware token credit for GRPO on vision-language models.
+
+    from srpo import role_weighted_grpo_loss
+
+Importing `srpo` loads torch and nothing heavier: no Triton, transformers, trl or matplotlib.
+"""
+
+from srpo.config import PRESETS, CreditConfig, LossConfig
+from srpo.credit import group_advantages, role_contrast, token_advantages, token_weights
+from srpo.errors import (
+    ConfigError,
+    ConfigWarning,
+    DeviceError,
+    DtypeError,
+    KernelUnavailableError,
+    NonFiniteError,
+    RoleParseError,
+    ShapeError,
+    SRPOError,
+)
+from srpo.loss import (
+    LossOutput,
+    SelectedLogps,
+    role_weighted_grpo_loss,
+    role_weighted_grpo_loss_from_logps,
+    selected_logps,
+)
+from srpo.metrics import MetricSums
+from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "ConfigWarning",
+    "CreditConfig",
+    "DeviceError",
+    "DtypeError",
+    "KernelUnavailableError",
+    "LossConfig",
+    "LossOutput",
+    "MetricSums",
+    "NonFiniteError",
+    "Role",
+    "RoleGrammar",
+    "RoleParse",
+    "RoleParseError",
+    "SRPOError",
+    "SelectedLogps",
+    "ShapeError",
+    "group_advantages",
+    "role_contrast",
+    "role_ids_from_completions",
+    "role_weighted_grpo_loss",
+    "role_weighted_grpo_loss_from_logps",
+    "selected_logps",
+    "token_advantages",
+    "token_weights",
+]

@@ -1,0 +1,255 @@
+"""Every argument check. Structure is checked always, values where that costs no device sync.
+
+Nothing is computed or modified before all checks have passed. Each failure is one typed error whose message says what
+was called, which argument, what it got, what was expected, and one fix.
+"""
+
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from srpo.config import CreditConfig, LossConfig
+from srpo.errors import (
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    KernelUnavailableError,
+    NonFiniteError,
+    RoleParseError,
+    ShapeError,
+    SRPOError,
+)
+from srpo_kernels import launch
+from srpo_kernels.layout import Layout
+
+
+class Call:
+    """Check the arguments of one call of a public function.
+
+    Args:
+        function: name of the public function, for messages.
+        device_of: the tensor whose device all others must share.
+        validate_values: True checks values everywhere, False nowhere, None where it needs no sync (CPU tensors) or
+            when the environment has `SRPO_VALIDATE=1`.
+    """
+
+    def __init__(self, function: str, device_of: Any, argument: str, validate_values: bool | None = None) -> None:
+        self.function = function
+        if not isinstance(device_of, Tensor):
+            self.fail(DtypeError, argument, describe(device_of), "a torch.Tensor", "convert it with torch.as_tensor")
+        self.device = device_of.device
+        self.argument = argument
+        if validate_values is None:
+            validate_values = self.device.type == "cpu" or os.environ.get("SRPO_VALIDATE") == "1"
+        self.validates = validate_values and not torch.compiler.is_compiling()
+
+    def fail(self, error: type[SRPOError], argument: str, got: str, expected: str, fix: str) -> NoReturn:
+        """Raise `error` with the house message."""
+        raise error(f"{self.function}(): {argument} got {got}, expected {expected}; {fix}.")
+
+    def tensor(self, name: str, x: Any, shapes: list[tuple[int, ...]], layout: str, kind: str) -> None:
+        """Check type, sharding, rank, size, dtype kind (`"float"`, `"int"`, `"mask"`) and device of one tensor."""
+        if not isinstance(x, Tensor):
+            self.fail(DtypeError, name, describe(x), f"a torch.Tensor {layout}", "convert it with torch.as_tensor")
+        if type(x).__name__ == "DTensor":
+            self.fail(DeviceError, name, "a DTensor", "a plain local tensor", f"pass {name}.full_tensor()")
+        if tuple(x.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            fix = f"check how {name} was sliced against the other arguments"
+            self.fail(ShapeError, name, describe(x), f"{layout} = {expected}", fix)
+        floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        integral = not x.dtype.is_floating_point and not x.dtype.is_complex
+        if kind == "float" and not floating:
+            self.fail(DtypeError, name, describe(x), "float32, bfloat16, float16 or float64", f"pass {name}.float()")
+        if kind == "int" and (not integral or x.dtype == torch.bool):
+            self.fail(DtypeError, name, describe(x), "an integer dtype", f"pass {name}.long()")
+        if kind == "mask" and not (floating or integral):
+            self.fail(DtypeError, name, describe(x), "bool, integer or float 0/1", f"pass {name}.bool()")
+        if x.device != self.device:
+            fix = f"move it with {name}.to({str(self.device)!r})"
+            self.fail(DeviceError, name, str(x.device), f"{self.device}, the device of {self.argument}", fix)
+
+    def finite(self, name: str, x: Tensor, where: Tensor) -> None:
+        """Check that `x` is finite on the valid tokens."""
+        if self.validates and not bool(torch.isfinite(x)[where].all()):
+            n = int((~torch.isfinite(x) & where).sum())
+            fix = "look for a division by zero or an overflow upstream"
+            self.fail(NonFiniteError, name, f"{n} NaN or infinite values on valid tokens", "finite values", fix)
+
+    def within(self, name: str, x: Tensor, lowest: int, highest: int, where: Tensor, meaning: str, fix: str) -> None:
+        """Check that integers lie in `[lowest, highest]` on the valid tokens."""
+        if self.validates and x.numel():
+            outside = ((x < lowest) | (x > highest)) & where
+            if bool(outside.any()):
+                got = f"{int(outside.sum())} values such as {x[outside][0].item()}"
+                self.fail(RoleParseError, name, got, f"{meaning} in [{lowest}, {highest}] on valid tokens", fix)
+
+
+def describe(x: Any) -> str:
+    """Return dtype and shape of a tensor, or type and value of anything else."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}"[:80]
+
+
+def layout_of(call: Call, name: str, x: Tensor, cu_seqlens: Any) -> Layout:
+    """Return the layout of tokens `x`: `[B, T]`, or `[N]` with `cu_seqlens`."""
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            call.fail(ShapeError, name, describe(x), "[B, T]", "pass cu_seqlens for a packed [N] layout")
+        return Layout(tuple(x.shape))
+    if x.dim() != 1:
+        call.fail(ShapeError, name, describe(x), "[N] because cu_seqlens is given", "flatten the batch or drop it")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        fix = "pass torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+        call.fail(ShapeError, "cu_seqlens", describe(cu_seqlens), "a tensor [R + 1]", fix)
+    call.tensor("cu_seqlens", cu_seqlens, [tuple(cu_seqlens.shape)], "[R + 1]", "int")
+    if call.validates:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != x.numel() or sorted(ends) != ends:
+            expected = f"non-decreasing offsets from 0 to N = {x.numel()}"
+            call.fail(ShapeError, "cu_seqlens", f"{ends[:8]}", expected, "build it as cumsum of the lengths")
+    return Layout(tuple(x.shape), cu_seqlens)
+
+
+def mask_of(call: Call, completion_mask: Any, layout: Layout) -> Tensor:
+    """Return the completion mask as bool, all true when None."""
+    if completion_mask is None:
+        return torch.ones(layout.shape, dtype=torch.bool, device=call.device)
+    call.tensor("completion_mask", completion_mask, [layout.shape], tokens(layout), "mask")
+    if call.validates and completion_mask.dtype != torch.bool:
+        odd = (completion_mask != 0) & (completion_mask != 1)
+        if bool(odd.any()):
+            got = f"values such as {completion_mask[odd][0].item()}"
+            call.fail(RoleParseError, "completion_mask", got, "only 0 and 1", "pass completion_mask.bool()")
+    return completion_mask != 0
+
+
+def roles_of(call: Call, role_ids: Any, mask: Tensor, layout: Layout) -> Tensor:
+    """Check role ids and return them."""
+    call.tensor("role_ids", role_ids, [layout.shape], tokens(layout), "int")
+    fix = "build them with role_ids_from_completions"
+    call.within("role_ids", role_ids, 0, 2, mask, "roles (0 other, 1 perception, 2 reasoning)", fix)
+    return role_ids
+
+
+def advantages_of(call: Call, advantages: Any, mask: Tensor, layout: Layout) -> Tensor:
+    """Check advantages `[B]` or `[B, T]` and return them per token."""
+    shapes = [(layout.n_trajectories,), layout.shape]
+    names = "[B] or [B, T]" if layout.cu_seqlens is None else "[R] or [N]"
+    call.tensor("advantages", advantages, shapes, names, "float")
+    # With one token per packed trajectory [R] and [N] are the same numbers.
+    per_token = layout.spread(advantages) if tuple(advantages.shape) == shapes[0] else advantages
+    call.finite("advantages", per_token, mask)
+    return per_token
+
+
+def contrast_inputs(
+    call: Call, credit: CreditConfig, layout: Layout, logps: dict[str, Any], logits: dict[str, Any], vocabulary: int
+) -> None:
+    """Check that each contrast stream that `credit` reads is given exactly once, as log-probs or as live logits."""
+    for stream in ("corrupted", "ablated"):
+        name, live_name = f"{stream}_logps", f"{stream}_logits"
+        given, live = logps.get(stream), logits.get(stream)
+        if given is not None and live is not None:
+            fix = f"drop {live_name} when {name} were scored before"
+            call.fail(ConfigError, live_name, f"logits together with {name}", "one of the two", fix)
+        if given is not None:
+            call.tensor(name, given, [layout.shape], tokens(layout), "float")
+        if live is not None:
+            logits_of(call, live_name, live, layout, vocabulary)
+        if stream in credit.streams and given is None and live is None:
+            fix = (
+                f"score the {stream} stream, set reasoning_signal='image_independence' to need no ablated stream, "
+                "or use PRESETS['grpo']"
+            )
+            signal = f"log-probs, which reasoning_signal={credit.reasoning_signal!r} reads"
+            call.fail(ConfigError, name, "None", signal, fix)
+
+
+def logits_of(call: Call, name: str, logits: Any, layout: Layout, vocabulary: int | None = None) -> None:
+    """Check logits `[B, T, V]` or `[B, T + 1, V]`, or packed `[N, V]`."""
+    padded = layout.cu_seqlens is None
+    rank, names = (3, "[B, T, V] or [B, T + 1, V]") if padded else (2, "[N, V]")
+    if not isinstance(logits, Tensor) or logits.dim() != rank:
+        call.fail(ShapeError, name, describe(logits), names, "keep the vocabulary as the last dimension")
+    V = logits.shape[-1] if vocabulary is None else vocabulary
+    shapes = [(*layout.shape, V)]
+    if padded:
+        shapes.append((layout.shape[0], layout.shape[1] + 1, V))
+    call.tensor(name, logits, shapes, names, "float")
+    if V == 0:
+        call.fail(ShapeError, name, describe(logits), "a vocabulary of at least 1", "pass the head's output")
+
+
+def loss_inputs(
+    call: Call, loss: LossConfig, layout: Layout, mask: Tensor, old_logps: Any, ref_logps: Any, is_ratio: Any
+) -> None:
+    """Check the log-prob inputs of the loss stage."""
+    for name, x in (("old_logps", old_logps), ("ref_logps", ref_logps)):
+        if x is not None:
+            call.tensor(name, x, [layout.shape], tokens(layout), "float")
+    if loss.beta != 0.0 and ref_logps is None:
+        call.fail(ConfigError, "ref_logps", "None", f"log-probs because beta={loss.beta}", "score them or set beta=0.0")
+    if is_ratio is not None:
+        shapes = [layout.shape, (layout.n_trajectories, 1)]
+        call.tensor("importance_sampling_ratio", is_ratio, shapes, f"{tokens(layout)} or one per trajectory", "float")
+
+
+def given_weights(call: Call, weights: Any, mask: Tensor, layout: Layout, contrasts: dict[str, Any]) -> Tensor:
+    """Check weights that replace the credit stage."""
+    call.tensor("weights", weights, [layout.shape], tokens(layout), "float")
+    for name, x in contrasts.items():
+        if x is not None:
+            call.fail(ConfigError, name, "a contrast stream together with weights", "one of the two", f"drop {name}")
+    call.finite("weights", weights, mask)
+    if call.validates and bool(((weights < 0) & mask).any()):
+        fix = "weights change magnitudes, put signs into advantages"
+        call.fail(ConfigError, "weights", "negative values", "weights of at least 0", fix)
+    return weights.detach()
+
+
+def normaliser(call: Call, num_items_in_batch: Any) -> None:
+    """Check `num_items_in_batch`: None, a non-negative number, or a tensor with one element."""
+    x = num_items_in_batch
+    expected, fix = "None, a number of at least 0, or a 0-d tensor", "pass completion_mask.sum() of the whole batch"
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            call.fail(ShapeError, "num_items_in_batch", describe(x), expected, fix)
+        if x.device != call.device and x.device.type != "cpu":
+            call.fail(DeviceError, "num_items_in_batch", str(x.device), str(call.device), "move it")
+    elif x is not None and (isinstance(x, bool) or not isinstance(x, (int, float)) or not x >= 0):
+        call.fail(ConfigError, "num_items_in_batch", describe(x), expected, fix)
+
+
+def configs(call: Call, credit: Any, loss: Any = None) -> None:
+    """Check the types of the two configuration objects."""
+    if not isinstance(credit, CreditConfig):
+        call.fail(ConfigError, "credit", describe(credit), "a CreditConfig", "pass PRESETS['srpo']")
+    if loss is not None and not isinstance(loss, LossConfig):
+        call.fail(ConfigError, "loss", describe(loss), "a LossConfig", "pass LossConfig(loss_type=...)")
+
+
+def backend_of(call: Call, backend: str, dtype: torch.dtype) -> str:
+    """Choose `"triton"` or `"torch"`.
+
+    `"auto"` takes the kernels on a GPU where Triton runs, and PyTorch for CPU tensors and for float64.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        call.fail(ConfigError, "backend", repr(backend), "'auto', 'triton' or 'torch'", "pass backend='auto'")
+    if backend == "torch" or (backend == "auto" and (call.device.type == "cpu" or dtype == torch.float64)):
+        return "torch"
+    reason = launch.unavailable_reason(call.device)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    fix = "pass backend='auto', or set TRITON_INTERPRET=1 before importing srpo to run the kernels on a CPU"
+    call.fail(KernelUnavailableError, "backend", "'triton'", f"a device with Triton ({reason})", fix)
+
+
+def tokens(layout: Layout) -> str:
+    """Name the shape of a per-token tensor."""
+    return "[B, T]" if layout.cu_seqlens is None else "[N]"

@@ -1,0 +1,246 @@
+"""The credit stage: contrasts, positive token weights, token advantages, group advantages.
+
+Everything here is detached: weights are constants of the loss. All of it works on `[B, T]` tensors, so the product,
+`token_advantages`, fits any trainer that accepts per-token advantages.
+"""
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.config import CreditConfig
+from srpo.errors import ConfigError, NonFiniteError
+from srpo_kernels import ops
+from srpo_kernels.layout import Layout
+from srpo_kernels.reference import NO_VALUE
+
+
+class Credit(NamedTuple):
+    """What the credit stage computes: per token `contrast`, `weights`, `flags`; per trajectory `baseline`."""
+
+    contrast: Tensor
+    weights: Tensor
+    flags: Tensor
+    baseline: Tensor
+
+
+def role_contrast(
+    logps: Tensor,
+    *,
+    corrupted_logps: Tensor,
+    ablated_logps: Tensor | None = None,
+    role_ids: Tensor,
+    completion_mask: Tensor | None = None,
+    credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
+    cu_seqlens: Tensor | None = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast the log-probs of a rollout with those of its corrupted and ablated streams.
+
+    c = f(logps - corrupted_logps) on perception tokens
+    c = f(logps - ablated_logps) on reasoning tokens, or f(corrupted_logps - logps) with `image_independence`
+
+    Args:
+        logps: `[B, T]` nats, of the policy that made the rollout. `[N]` with `cu_seqlens`, as all others.
+        corrupted_logps: `[B, T]`, read on perception tokens (on both roles with `image_independence`).
+        ablated_logps: `[B, T]`, read on reasoning tokens.
+        role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
+        completion_mask: `[B, T]` 0/1; None means all valid.
+        credit: the settings; `contrast_kind`, `reasoning_signal`, `contrast_clamp`, `strict_finite` matter here.
+        cu_seqlens: `[R + 1]` offsets of packed trajectories.
+        validate_values: None checks values of CPU tensors, True of all, False of none.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns: `[B, T]` fp32 (fp64 for fp64 on the torch backend), 0 outside the credit set. A difference without a
+        value (NaN, or both sides -inf) counts as 0.
+
+    Gradient: none.
+
+    Memory: a few `[B, T]` tensors.
+
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError (`strict_finite`).
+
+    Source: Jiang & Zou, arXiv 2605.07274.
+    """
+    call = checks.Call("role_contrast", logps, "logps", validate_values)
+    checks.configs(call, credit)
+    layout = checks.layout_of(call, "logps", logps, cu_seqlens)
+    call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
+    mask = checks.mask_of(call, completion_mask, layout)
+    roles = checks.roles_of(call, role_ids, mask, layout)
+    streams = {"corrupted": corrupted_logps, "ablated": ablated_logps}
+    checks.contrast_inputs(call, credit, layout, streams, {}, 0)
+    chosen = checks.backend_of(call, backend, logps.dtype)
+    if not credit.streams:
+        return torch.zeros(layout.shape, dtype=_compute_dtype(logps), device=logps.device)
+    plain = CreditConfig(
+        contrast_kind=credit.contrast_kind,
+        reasoning_signal=credit.reasoning_signal,
+        contrast_clamp=credit.contrast_clamp,
+        strict_finite=credit.strict_finite,
+    )
+    return run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, **streams).contrast
+
+
+def token_weights(
+    contrast: Tensor,
+    role_ids: Tensor,
+    completion_mask: Tensor | None = None,
+    *,
+    advantages: Tensor | None = None,
+    credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
+    cu_seqlens: Tensor | None = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Turn contrasts into positive token weights around one baseline per trajectory.
+
+    u = (c - mean of c over the credit set) / tau,  w = clip(exp(u), weight_min, weight_max)
+    w <- w / mean of w over the credit set,  w <- 1 + strength * (w - 1)
+
+    Args:
+        contrast: `[B, T]` nats, as `role_contrast` returns it. `[N]` with `cu_seqlens`, as all others.
+        role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
+        completion_mask: `[B, T]` 0/1; None means all valid.
+        advantages: `[B]` or `[B, T]`; needed with `direction="advantage"`, which reads their sign.
+        credit: the settings.
+        cu_seqlens: `[R + 1]` offsets of packed trajectories.
+        validate_values: None checks values of CPU tensors, True of all, False of none.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns: `[B, T]` fp32 (fp64 for fp64 on the torch backend): the weight on the credit set, 1 on other valid tokens,
+        0 on masked ones. Exactly 1 where a role is missing (`missing_role`) or all contrasts of a trajectory are equal.
+
+    Gradient: none.
+
+    Memory: a few `[B, T]` tensors.
+
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError (`strict_finite`).
+
+    Source: Jiang & Zou, arXiv 2605.07274.
+    """
+    call = checks.Call("token_weights", contrast, "contrast", validate_values)
+    checks.configs(call, credit)
+    layout = checks.layout_of(call, "contrast", contrast, cu_seqlens)
+    call.tensor("contrast", contrast, [layout.shape], checks.tokens(layout), "float")
+    mask = checks.mask_of(call, completion_mask, layout)
+    roles = checks.roles_of(call, role_ids, mask, layout)
+    if advantages is not None:
+        advantages = checks.advantages_of(call, advantages, mask, layout)
+    elif credit.direction == "advantage":
+        fix = "pass the advantages, or use direction='evidence'"
+        call.fail(ConfigError, "advantages", "None", "advantages because direction='advantage'", fix)
+    chosen = checks.backend_of(call, backend, contrast.dtype)
+    if credit.strength == 0.0:
+        return mask.to(_compute_dtype(contrast))
+    return run_credit(call, layout, mask, roles, advantages, credit, chosen, contrast=contrast).weights
+
+
+def token_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Multiply weights into advantages: A_it = A_i * w_it.
+
+    Args:
+        advantages: `[B]` or `[B, T]`, or `[N]` when packed.
+        weights: `[B, T]`, or `[N]` when packed, as `token_weights` returns them.
+
+    Returns: `[B, T]`, detached: what TRL, verl and EasyR1 accept as per-token advantages. 0 on masked tokens.
+
+    Gradient: none.
+
+    Raises: ShapeError, DtypeError, DeviceError.
+
+    Source: Jiang & Zou, arXiv 2605.07274.
+    """
+    call = checks.Call("token_advantages", weights, "weights")
+    call.tensor("weights", weights, [tuple(weights.shape)], "[B, T] or [N]", "float")
+    shapes = [tuple(weights.shape)]
+    if weights.dim() == 2:
+        shapes.append((weights.shape[0],))
+    call.tensor("advantages", advantages, shapes, "[B] or [B, T]", "float")
+    per_token = advantages[:, None] if advantages.dim() < weights.dim() else advantages
+    # where: an advantage that is NaN on a masked token must not survive the multiplication by 0
+    product = per_token.detach() * weights.detach()
+    return torch.where(weights == 0, torch.zeros_like(product), product)
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale: str = "group") -> Tensor:
+    """Normalise rewards within the groups of rollouts that share a prompt.
+
+    A = (R - mean of the group) / (std + 1e-4), unbiased std of the group (`"group"`), of the batch (`"batch"`), or no
+    division (`"none"`)
+
+    Args:
+        rewards: `[B]`.
+        group_ids: `[B]` integers, any values; rows of one group need not be adjacent.
+        scale: `"group"`, `"batch"` or `"none"`, as TRL's `scale_rewards`.
+
+    Returns: `[B]` in the dtype of `rewards` (at least fp32). A group of one gives 0, never NaN.
+
+    Gradient: none.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NonFiniteError.
+
+    Source: DeepSeekMath, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783, for `"none"`.
+    """
+    call = checks.Call("group_advantages", rewards, "rewards")
+    shape = tuple(rewards.shape)
+    call.tensor("rewards", rewards, [shape if rewards.dim() == 1 else (rewards.numel(),)], "[B]", "float")
+    call.tensor("group_ids", group_ids, [shape], "[B]", "int")
+    if scale not in ("group", "batch", "none"):
+        call.fail(ConfigError, "scale", repr(scale), "'group', 'batch' or 'none'", "pass scale='group'")
+    call.finite("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool))
+    if not rewards.numel():
+        return rewards.detach().to(_compute_dtype(rewards))
+    x = rewards.detach().to(_compute_dtype(rewards))
+    _, index = group_ids.unique(return_inverse=True)
+    same = index[:, None] == index[None, :]  # [B, B]: deterministic sums, no scatter
+    size = same.sum(-1)
+    centred = x - torch.where(same, x[None, :], 0.0).sum(-1) / size
+    if scale == "none":
+        return torch.where(size > 1, centred, 0.0)
+    if scale == "batch":
+        std = x.std() if x.numel() > 1 else x.new_zeros(())
+    else:
+        squares = torch.where(same, centred.square()[None, :], 0.0).sum(-1)
+        std = (squares / (size - 1).clamp(min=1)).sqrt()
+    return torch.where(size > 1, centred / (std + 1e-4), 0.0)
+
+
+def run_credit(
+    call: checks.Call,
+    layout: Layout,
+    mask: Tensor,
+    role_ids: Tensor,
+    advantages: Tensor | None,
+    credit: CreditConfig,
+    backend: str,
+    *,
+    contrast: Tensor | None = None,
+    base: Tensor | None = None,
+    corrupted: Tensor | None = None,
+    ablated: Tensor | None = None,
+) -> Credit:
+    """Run the credit op on checked arguments; a given `contrast` replaces the three streams."""
+    settings = settings_of(credit, without=("strict_finite",))
+    dtype = _compute_dtype(contrast if contrast is not None else base)
+    streams = (None if x is None else x.to(dtype) for x in (contrast, base, corrupted, ablated))
+    signs = None if advantages is None else advantages.to(dtype)
+    result = Credit(*ops.token_credit(*streams, role_ids, mask, signs, layout, backend=backend, **settings))
+    if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
+        n = int(((result.flags & NO_VALUE) != 0).sum())
+        fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
+        call.fail(NonFiniteError, "corrupted_logps or ablated_logps", f"{n} contrasts without a value", "none", fix)
+    return result
+
+
+def settings_of(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of a config that an op takes."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in without}
+
+
+def _compute_dtype(x: Tensor | None) -> torch.dtype:
+    return torch.float64 if x is not None and x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,138 @@
+"""Sums and counts of one loss call, and the named scalars they turn into.
+
+Sums of several micro-batches or ranks add up: `total = a + b`, or all-reduce `sums`. No scalar is formed, and nothing
+waits for the device, until a name is looked up.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.layout import Layout
+from srpo_kernels.reference import AT_LOWER_BOUND, AT_UPPER_BOUND, NO_VALUE
+
+_ROLES = ("perception", "reasoning")
+_SIGNS = ("negative", "zero", "positive")
+_CELL_SUMS = ("n", "contrast", "contrast_squared", "clipped", "weight", "weight_squared")
+_CELLS = [f"{role}/{sign}" for role in _ROLES for sign in _SIGNS]
+_LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage")
+_CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", *(f"{c}/{s}" for c in _CELLS for s in _CELL_SUMS))
+
+
+class MetricSums(Mapping[str, Tensor]):
+    """Hold detached sums and counts, and read like a mapping from metric names to 0-d tensors.
+
+    Names are TRL's where TRL has the metric (`entropy`, `kl`, `clip_ratio/low_mean`, `clip_ratio/high_mean`,
+    `clip_ratio/region_mean`, `cispo_clip_ratio`); the others start with `srpo/`. A `srpo/` mean over nothing is NaN.
+
+    Args:
+        sums: `[K]` float64, detached.
+        groups: which metrics the sums can form: of `"clip"`, `"cispo"`, `"kl"`, `"entropy"`, `"credit"`.
+    """
+
+    def __init__(self, sums: Tensor, groups: frozenset[str]) -> None:
+        self.sums = sums
+        self.groups = groups
+
+    def __add__(self, other: "MetricSums") -> "MetricSums":
+        if self.groups != other.groups:
+            return NotImplemented
+        return MetricSums(self.sums + other.sums, self.groups)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scalars()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scalars())
+
+    def __len__(self) -> int:
+        return len(self._scalars())
+
+    def floats(self) -> dict[str, float]:
+        """Return every metric as a Python float; the one call here that waits for the device."""
+        named = self._scalars()
+        values = torch.stack(list(named.values())).tolist()
+        return dict(zip(named, values, strict=True))
+
+    def _scalars(self) -> dict[str, Tensor]:
+        s = dict(zip((*_LOSS_KEYS, *_CREDIT_KEYS), self.sums.unbind(), strict=False))
+        tokens = s["tokens"].clamp(min=1)
+        named = {}
+        if "clip" in self.groups:
+            named["clip_ratio/low_mean"] = s["clip_low"] / tokens
+            named["clip_ratio/high_mean"] = s["clip_high"] / tokens
+            named["clip_ratio/region_mean"] = (s["clip_low"] + s["clip_high"]) / tokens
+        if "cispo" in self.groups:
+            named["cispo_clip_ratio"] = s["clip_high"] / tokens
+        for name in ("kl", "entropy"):
+            if name in self.groups:
+                named[name] = s[name] / tokens
+        named["srpo/zero_advantage_fraction"] = s["zero_advantage"] / s["sequences"].clamp(min=1)
+        if "credit" in self.groups:
+            named.update(_credit_scalars(s))
+        return named
+
+
+def _credit_scalars(s: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {
+        "srpo/baseline": s["baseline"] / s["weighted_sequences"],
+        "srpo/uniform_fraction": 1.0 - s["weighted_sequences"] / s["sequences"].clamp(min=1),
+        "srpo/contrasts_without_value": s["no_value"],
+    }
+    for role in _ROLES:
+        total = {k: sum((s[f"{role}/{sign}/{k}"] for sign in _SIGNS), s["tokens"] * 0) for k in _CELL_SUMS}
+        named[f"srpo/{role}/length"] = total["n"] / s["sequences"].clamp(min=1)
+        named[f"srpo/{role}/weight_mean"] = total["weight"] / total["n"]
+        for sign in ("positive", "negative"):
+            cell = {k: s[f"{role}/{sign}/{k}"] for k in _CELL_SUMS}
+            mean = cell["contrast"] / cell["n"]
+            named[f"srpo/{role}/{sign}/contrast_mean"] = mean
+            named[f"srpo/{role}/{sign}/contrast_std"] = (
+                (cell["contrast_squared"] / cell["n"] - mean * mean).clamp(min=0).sqrt()
+            )
+            named[f"srpo/{role}/{sign}/weight_mean"] = cell["weight"] / cell["n"]
+            named[f"srpo/{role}/{sign}/clip_fraction"] = cell["clipped"] / cell["n"]
+    over_cells = {k: sum((s[f"{cell}/{k}"] for cell in _CELLS), s["tokens"] * 0) for k in _CELL_SUMS}
+    effective = over_cells["weight"].square() / over_cells["weight_squared"]
+    named["srpo/effective_sample_size"] = effective / over_cells["n"]
+    return named
+
+
+def loss_sums(
+    mask: Tensor, advantages: Tensor, counts: Tensor, clip_and_kl: Tensor, entropy: Tensor | None, layout: Layout
+) -> Tensor:
+    """Return the sums of the loss stage, in the order of `_LOSS_KEYS`.
+
+    Args:
+        mask, advantages, entropy: per token.
+        counts: `[R]` valid tokens of each trajectory.
+        clip_and_kl: `[R, 3]` as `srpo_kernels.ops.policy_loss` returns them.
+    """
+    sequences = (counts > 0).sum()
+    informative = (layout.token_counts(mask & (advantages != 0)) > 0).sum()
+    entropies = counts.new_zeros(()) if entropy is None else entropy.double().sum()
+    low, high, kl = clip_and_kl.double().sum(0).unbind()
+    totals = (counts.sum(), sequences, low, high, kl, entropies, sequences - informative)
+    return torch.stack([x.double() for x in totals]).detach()
+
+
+def credit_sums(
+    contrast: Tensor, weights: Tensor, flags: Tensor, baseline: Tensor, role_ids: Tensor, mask: Tensor, sign: Tensor
+) -> Tensor:
+    """Return the sums of the credit stage, in the order of `_CREDIT_KEYS`. float64, so squares do not cancel."""
+    cells = torch.stack(
+        [mask & (role_ids == role) & (sign.sign() == s) for role in (1, 2) for s in (-1, 0, 1)]
+    ).flatten(1)
+    c, w = contrast.double().flatten(), weights.double().flatten()
+    clipped = ((flags & (AT_LOWER_BOUND | AT_UPPER_BOUND)) != 0).double().flatten()
+    features = torch.stack([torch.ones_like(c), c, c * c, clipped, w, w * w], -1)
+    has_baseline = ~baseline.isnan()
+    head = torch.stack(
+        [
+            torch.where(has_baseline, baseline, 0.0).double().sum(),
+            has_baseline.sum().double(),
+            ((flags & NO_VALUE) != 0).sum().double(),
+        ]
+    )
+    return torch.cat([head, (cells.double() @ features).flatten()]).detach()

@@ -1,0 +1,55 @@
+"""Where kernels can run, and how they are launched: block sizes, warps, splits.
+
+The block size of a row depends on the vocabulary alone, never on the number of rows, so the bits of a log-prob do not
+depend on what else is in the batch.
+"""
+
+import functools
+
+import torch
+
+TOKENS_PER_BLOCK = 1024
+TOKEN_WARPS = 4
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Say why the Triton kernels cannot run on tensors of `device`, or return None when they can."""
+    try:
+        import triton  # noqa: PLC0415 - Triton is optional and slow to import
+        from triton.runtime import driver  # noqa: PLC0415
+    except ImportError:
+        return "Triton is not installed"
+    from srpo_kernels import device as blocks  # noqa: PLC0415
+
+    if not isinstance(blocks.k3, triton.JITFunction):
+        return None  # Triton's interpreter runs on any tensor
+    try:
+        active = driver.active.get_active_torch_device().type
+    except RuntimeError:
+        return "Triton found no GPU driver, and its interpreter is off"
+    return None if active == device.type else f"Triton runs on {active!r} tensors here, not on {device.type!r}"
+
+
+def row_block(vocabulary: int) -> tuple[int, int]:
+    """Return (BLOCK_V, num_warps) of the forward sweep over a row."""
+    return _block(vocabulary, 4096)
+
+
+def gradient_block(vocabulary: int) -> tuple[int, int]:
+    """Return (BLOCK_V, num_warps) of the elementwise gradient."""
+    return _block(vocabulary, 8192)
+
+
+def _block(vocabulary: int, largest: int) -> tuple[int, int]:
+    block = min(largest, max(128, 1 << (max(1, vocabulary) - 1).bit_length()))
+    return block, max(1, block // 1024)
+
+
+def split_rows(n_rows: int, device: torch.device) -> bool:
+    """Say whether rows are too few to fill the device, so that a row is worth several programs."""
+    return device.type == "cuda" and n_rows < 2 * _multiprocessors(device.index or 0)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

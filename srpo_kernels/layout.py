@@ -1,0 +1,68 @@
+"""Trajectories as padded `[B, T]` tensors or packed into one `[N]` axis with `cu_seqlens`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say how tokens are grouped into trajectories.
+
+    Args:
+        shape: `(B, T)`, or `(N,)` when packed.
+        cu_seqlens: `[R + 1]` first token of each trajectory and the total, or None when padded.
+    """
+
+    shape: tuple[int, ...]
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def n_trajectories(self) -> int:
+        """Return the number of trajectories, empty ones included."""
+        return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    def trajectory_of_token(self) -> Tensor:
+        """Return the index of the trajectory of each packed token, `[N]`, without a device sync."""
+        tokens = torch.arange(self.shape[0], device=self.cu_seqlens.device)
+        return torch.bucketize(tokens, self.cu_seqlens[1:].long(), right=True)
+
+    def spread(self, per_trajectory: Tensor) -> Tensor:
+        """Return the value `[R]` of each token's trajectory, in the shape of the tokens."""
+        if self.cu_seqlens is None:
+            return per_trajectory[:, None].expand(self.shape)
+        if not per_trajectory.numel():
+            return per_trajectory.new_zeros(self.shape)
+        return per_trajectory[self.trajectory_of_token().clamp(max=self.n_trajectories - 1)]
+
+    def token_counts(self, mask: Tensor) -> Tensor:
+        """Return the number of valid tokens of each trajectory, `[R]` fp32."""
+        if self.cu_seqlens is None:
+            return mask.sum(-1, dtype=torch.float32)
+        running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # exact in int64
+        return running[self.cu_seqlens.long()].diff().float()
+
+    def pad(self) -> "Padding":
+        """Return the map from packed tokens to padded ones. Needs the longest length: one sync on a GPU."""
+        lengths = self.cu_seqlens.long().diff()
+        longest = int(lengths.max()) if lengths.numel() else 0
+        steps = torch.arange(longest, device=lengths.device)
+        inside = steps < lengths[:, None]
+        return Padding(torch.where(inside, self.cu_seqlens[:-1, None].long() + steps, 0), inside)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Move vectors between the packed `[N]` and the padded `[R, T]` form."""
+
+    index: Tensor
+    inside: Tensor
+
+    def pad(self, packed: Tensor | None) -> Tensor | None:
+        """Return `packed` as `[R, T]` with zeros outside the trajectories."""
+        return None if packed is None else torch.where(self.inside, packed[self.index], packed.new_zeros(()))
+
+    def pack(self, padded: Tensor, n_tokens: int) -> Tensor:
+        """Return `[R, T]` as `[N]`."""
+        return padded.new_zeros(n_tokens).index_put((self.index[self.inside],), padded[self.inside])

@@ -1,0 +1,308 @@
+"""The ops of `srpo`, registered with `torch.library`, and the dispatch to a backend.
+
+    row_statistics     logits -> logps, row_max, log_sum, entropy          differentiable in the first stream of logits
+    logits_gradient    coefficients -> dlogits                             `logits_gradient_` overwrites its logits
+    token_credit       contrasts -> contrast, weights, flags, baseline     never differentiable
+    policy_loss        logps, weights, advantages -> loss, metric sums     differentiable in logps
+
+The two row ops exist for both backends, because autograd must not see their insides. The two trajectory ops are plain
+PyTorch (`reference.py`) on the "torch" backend, and registered kernels on the "triton" one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import reference, row_chunks
+from srpo_kernels.layout import Layout
+
+
+@torch.library.custom_op("srpo::row_statistics", mutates_args=())
+def _row_statistics(
+    logits: Tensor,
+    corrupted_logits: Tensor | None,
+    ablated_logits: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    temperature: float,
+    return_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    streams = [x for x in (logits, corrupted_logits, ablated_logits) if x is not None]
+    if backend == "triton":
+        from srpo_kernels.selected_logps import row_statistics_fwd  # noqa: PLC0415
+
+        return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
+    results = [
+        row_chunks.row_statistics(x, ids, row_mask[s], temperature, return_entropy and s == 0)
+        for s, x in enumerate(streams)
+    ]
+    dtype = results[0][0].dtype
+    stacked = (torch.stack([r[k].to(dtype) for r in results]) for k in range(3))
+    return *stacked, results[0][3] if return_entropy else results[0][3].new_empty(0)
+
+
+@_row_statistics.register_fake
+def _(
+    logits, corrupted_logits, ablated_logits, ids, row_mask, temperature, return_entropy, inplace_backward, backend
+):  # fmt: skip
+    dtype = torch.float32 if backend == "triton" else row_chunks.compute_dtype(logits.dtype)
+    per_stream = [row_mask.new_empty(row_mask.shape, dtype=dtype) for _ in range(3)]
+    return *per_stream, row_mask.new_empty(ids.shape if return_entropy else (0,), dtype=dtype)
+
+
+def _save_row_statistics(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, _, _, ids, row_mask, temperature, return_entropy, inplace_backward, backend = inputs
+    _, row_max, log_sum, entropy = output
+    ctx.save_for_backward(logits, ids, row_mask, row_max, log_sum, entropy)
+    ctx.settings = temperature, return_entropy, inplace_backward, backend
+    ctx.set_materialize_grads(False)
+
+
+def _row_statistics_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, grad_entropy: Tensor | None):
+    logits, ids, row_mask, row_max, log_sum, entropy = ctx.saved_tensors
+    temperature, return_entropy, inplace_backward, backend = ctx.settings
+    mask = row_mask[0]
+
+    def upstream(grad: Tensor | None) -> Tensor:
+        return torch.where(mask, grad, 0.0).contiguous() if grad is not None else torch.zeros_like(row_max[0])
+
+    g = upstream(None if grad_logps is None else grad_logps[0])
+    h = upstream(grad_entropy) if return_entropy and grad_entropy is not None else None
+    arguments = (ids, row_max[0], log_sum[0], None if h is None else entropy, g, h, temperature, backend)
+    if inplace_backward:
+        torch.ops.srpo.logits_gradient_(logits, *arguments)
+        grad = logits.detach()
+    else:
+        grad = torch.ops.srpo.logits_gradient(logits, *arguments)
+    return grad, None, None, None, None, None, None, None, None
+
+
+_row_statistics.register_autograd(_row_statistics_backward, setup_context=_save_row_statistics)
+
+
+@torch.library.custom_op("srpo::logits_gradient", mutates_args=())
+def _logits_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _write_gradient(out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend)
+    return out
+
+
+@_logits_gradient.register_fake
+def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend):
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("srpo::logits_gradient_", mutates_args={"logits"})
+def _logits_gradient_inplace(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> None:
+    _write_gradient(logits, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend)
+
+
+@_logits_gradient_inplace.register_fake
+def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend):
+    return None
+
+
+def _write_gradient(out: Tensor, *arguments: Any) -> None:
+    *arguments, backend = arguments
+    if backend == "triton":
+        from srpo_kernels.selected_logps import logits_gradient_bwd  # noqa: PLC0415
+
+        logits_gradient_bwd(out, *arguments)
+    else:
+        row_chunks.logits_gradient(out, *arguments)
+
+
+@torch.library.custom_op("srpo::token_credit", mutates_args=())
+def _token_credit(
+    contrast: Tensor | None,
+    base: Tensor | None,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    role_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor | None,
+    cu_seqlens: Tensor | None,
+    n_trajectories: int,
+    contrast_kind: str,
+    reasoning_signal: str,
+    baseline: str,
+    tau: float,
+    weight_min: float,
+    weight_max: float,
+    direction: str,
+    normalize: str,
+    strength: float,
+    missing_role: str,
+    contrast_clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from srpo_kernels.token_credit import token_credit_fwd  # noqa: PLC0415
+
+    return token_credit_fwd(
+        contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories,
+        contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
+        weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
+        missing_role=missing_role, contrast_clamp=contrast_clamp,
+    )  # fmt: skip
+
+
+@_token_credit.register_fake
+def _(contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories, *settings):
+    per_token = [mask.new_empty(mask.shape, dtype=torch.float32) for _ in range(2)]
+    flags = mask.new_empty(mask.shape, dtype=torch.uint8)
+    return *per_token, flags, mask.new_empty(n_trajectories, dtype=torch.float32)
+
+
+@torch.library.custom_op("srpo::policy_loss", mutates_args=())
+def _policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    loss_type: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    importance_sampling_level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from srpo_kernels.policy_loss import policy_loss_fwd  # noqa: PLC0415
+
+    return policy_loss_fwd(
+        logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens,
+        loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        importance_sampling_level=importance_sampling_level,
+    )  # fmt: skip
+
+
+@_policy_loss.register_fake
+def _(logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens, *settings):
+    n_trajectories = scale.shape[0]
+    shapes = ((n_trajectories,), (n_trajectories, 3), tuple(logps.shape))
+    return tuple(logps.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save_policy_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mask, cu_seqlens = inputs[6], inputs[8]
+    ctx.save_for_backward(output[2], cu_seqlens)
+    ctx.shape = mask.shape
+    ctx.dtype = inputs[0].dtype
+    ctx.n_inputs = len(inputs)
+
+
+def _policy_loss_backward(ctx: Any, grad_loss: Tensor, _sums: Any, _coefficient: Any):
+    coefficient, cu_seqlens = ctx.saved_tensors
+    layout = Layout(tuple(ctx.shape), cu_seqlens)
+    return (coefficient * layout.spread(grad_loss)).to(ctx.dtype), *[None] * (ctx.n_inputs - 1)
+
+
+_policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
+
+
+def row_statistics(
+    logits: Tensor,
+    ids: Tensor,
+    row_mask: Tensor,
+    *,
+    corrupted_logits: Tensor | None = None,
+    ablated_logits: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `logps`, `row_max`, `log_sum` `[S, B, T]` and `entropy` `[B, T]` of up to three streams of logits.
+
+    Args:
+        logits: `[B, T or T+1, V]`, any strides. The streams after the first carry no gradient.
+        ids: `[B, T]` int64, contiguous.
+        row_mask: `[S, B, T]` bool, contiguous: the rows of each stream that are needed.
+
+    Gradient: from `logps[0]` and `entropy` to `logits`. `row_max` and `log_sum` carry none.
+    """
+    streams = (logits, corrupted_logits, ablated_logits)
+    return torch.ops.srpo.row_statistics(
+        *streams, ids, row_mask, float(temperature), return_entropy, inplace_backward, backend
+    )
+
+
+def token_credit(
+    contrast: Tensor | None,
+    base: Tensor | None,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    role_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor | None,
+    layout: Layout,
+    *,
+    backend: str,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `contrast`, `weights`, `flags` in the shape of the tokens and `baseline` `[R]`, all detached."""
+    tensors = [None if x is None else x.detach() for x in (contrast, base, corrupted, ablated)]
+    tensors += [role_ids, mask, None if advantages is None else advantages.detach()]
+    if backend == "triton":
+        flat = (None if x is None else x.contiguous() for x in tensors)
+        return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, **settings)
+    if layout.cu_seqlens is None:
+        return reference.token_credit(*tensors, **settings)
+    padding = layout.pad()
+    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), **settings)
+    return *(padding.pack(x, layout.shape[0]) for x in per_token), baseline
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    layout: Layout,
+    *,
+    backend: str,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss `[R]` of each trajectory, differentiable in `logps`, and metric sums `[R, 3]`."""
+    tensors = [logps] + [
+        None if x is None else x.detach()
+        for x in (old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask)
+    ]
+    if backend == "triton":
+        flat = (None if x is None else x.contiguous() for x in tensors)
+        loss, sums, _ = torch.ops.srpo.policy_loss(*flat, scale.contiguous(), layout.cu_seqlens, **settings)
+        return loss, sums
+    if layout.cu_seqlens is not None:
+        padding = layout.pad()
+        tensors = [padding.pad(x) for x in tensors]
+    return reference.policy_loss(*tensors, scale, **settings)

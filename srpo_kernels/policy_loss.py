@@ -1,0 +1,147 @@
+"""Log-probs, weights and advantages to the loss and its coefficients: one program per trajectory.
+
+    l = -min(min(rho, delta) * A * w, clip(rho) * A * w) * is_ratio + beta * k3(logps - ref),  loss_i = scale_i * sum l
+
+Reads fp32 `[N]` vectors of padded or packed trajectories; writes `coefficient` = d loss / d logps `[N]`, `loss` `[R]`
+and metric sums `[R, 3]` (tokens clipped below, tokens clipped above, KL). Nothing is left to do in backward but to
+multiply the coefficient by the upstream scalar.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srpo_kernels import launch
+from srpo_kernels.device import capped_exp, clipped_surrogate, difference, k3, trajectory_range
+
+
+@triton.jit
+def _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.constexpr):
+    """Return (logps, log ratio, its slope in logps); the ratio is exactly 1 without old log-probs."""
+    logps = tl.load(logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    old = logps
+    if HAS_OLD:
+        old = tl.load(old_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    log_ratio, slope = difference(logps, old)
+    return logps, log_ratio, slope
+
+
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=[
+        "logps_ptr", "old_logps_ptr", "ref_logps_ptr", "is_ratio_ptr", "advantages_ptr", "weights_ptr", "mask_ptr",
+        "cu_seqlens_ptr",
+    ],
+)  # fmt: skip
+def _policy_loss_fwd_kernel(
+    logps_ptr, old_logps_ptr, ref_logps_ptr, is_ratio_ptr, advantages_ptr, weights_ptr, mask_ptr,  # [N]
+    cu_seqlens_ptr,  # [R + 1]
+    scale_ptr,  # [R]
+    coefficient_ptr,  # [N]
+    loss_ptr,  # [R]
+    sums_ptr,  # [R, 3]
+    T, lowest, highest, delta, beta,
+    CISPO: tl.constexpr, SEQUENCE_TOKEN: tl.constexpr, HAS_OLD: tl.constexpr, HAS_KL: tl.constexpr,
+    HAS_IS_RATIO: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    trajectory = tl.program_id(0)
+    start, end = trajectory_range(cu_seqlens_ptr, trajectory, T, PACKED)
+    scale = tl.load(scale_ptr + trajectory).to(tl.float32)
+    lowest, highest = tl.cast(lowest, tl.float32), tl.cast(highest, tl.float32)
+    delta, beta = tl.cast(delta, tl.float32), tl.cast(beta, tl.float32)
+
+    sequence_log_ratio = 0.0
+    if SEQUENCE_TOKEN:
+        total, count = 0.0, 0.0
+        for first in range(start, end, BLOCK_T):
+            tokens = first + tl.arange(0, BLOCK_T)
+            valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
+            _, log_ratio, _ = _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+            total += tl.sum(tl.where(valid, log_ratio, 0.0), 0)
+            count += tl.sum(tl.where(valid, 1.0, 0.0), 0)
+        sequence_log_ratio = total / tl.maximum(count, 1.0)
+
+    loss, n_low, n_high, kl_sum = 0.0, 0.0, 0.0, 0.0
+    for first in range(start, end, BLOCK_T):
+        tokens = first + tl.arange(0, BLOCK_T)
+        valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
+        logps, log_ratio, log_slope = _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+        if SEQUENCE_TOKEN:
+            log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
+        ratio, ratio_slope = capped_exp(log_ratio)
+        sign = tl.load(advantages_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+        advantage = sign * tl.load(weights_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+        if CISPO:
+            bound = tl.minimum(ratio, highest)
+            # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
+            policy, slope = tl.where(advantage == 0.0, 0.0, -bound * advantage * logps), -bound * advantage
+            low, high = sign != sign, (ratio > highest) & (sign > 0.0)
+        else:
+            value, value_slope = clipped_surrogate(ratio, advantage, lowest, highest, delta)
+            policy, slope = -value, -value_slope * ratio_slope * log_slope
+            low, high = (ratio < lowest) & (sign < 0.0), (ratio > highest) & (sign > 0.0)
+        if HAS_IS_RATIO:
+            is_ratio = tl.load(is_ratio_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+            is_ratio = tl.where(is_ratio != is_ratio, 1.0, is_ratio)
+            policy, slope = policy * is_ratio, slope * is_ratio
+        if HAS_KL:
+            ref = tl.load(ref_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+            log_ref_ratio, ref_slope = difference(ref, logps)
+            kl = k3(-tl.minimum(log_ref_ratio, 60.0))
+            ref_ratio, _ = capped_exp(log_ref_ratio)
+            kl_slope = tl.where(log_ref_ratio <= 60.0, (1.0 - ref_ratio) * ref_slope, 0.0)
+            policy, slope = policy + beta * kl, slope + beta * kl_slope
+            kl_sum += tl.sum(tl.where(valid, kl, 0.0), 0)
+        loss += tl.sum(tl.where(valid, policy, 0.0), 0)
+        n_low += tl.sum(tl.where(valid & low, 1.0, 0.0), 0)
+        n_high += tl.sum(tl.where(valid & high, 1.0, 0.0), 0)
+        tl.store(coefficient_ptr + tokens, tl.where(valid, slope * scale, 0.0), mask=tokens < end)
+    tl.store(loss_ptr + trajectory, loss * scale)
+    tl.store(sums_ptr + trajectory * 3, n_low)
+    tl.store(sums_ptr + trajectory * 3 + 1, n_high)
+    tl.store(sums_ptr + trajectory * 3 + 2, kl_sum)
+
+
+def policy_loss_fwd(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    loss_type: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    importance_sampling_level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `loss` `[R]`, metric sums `[R, 3]` and `coefficient` `[N]` of contiguous inputs `[N]`."""
+    n_trajectories = scale.numel()
+    options = {"dtype": torch.float32, "device": logps.device}
+    coefficient = torch.empty(logps.shape, **options)
+    loss, sums = torch.empty(n_trajectories, **options), torch.empty(n_trajectories, 3, **options)
+    if not n_trajectories:
+        return loss, sums, coefficient
+    cispo = loss_type == "cispo"
+    _policy_loss_fwd_kernel[(n_trajectories,)](
+        logps, *(logps if x is None else x for x in (old_logps, ref_logps, importance_sampling_ratio)),
+        advantages, weights, mask, mask if cu_seqlens is None else cu_seqlens, scale,
+        coefficient, loss, sums,
+        mask.numel() // n_trajectories, 1.0 - epsilon_low, epsilon_high if cispo else 1.0 + epsilon_high,
+        float("inf") if delta is None else delta, float(beta),
+        CISPO=cispo,
+        SEQUENCE_TOKEN=importance_sampling_level == "sequence_token",
+        HAS_OLD=old_logps is not None,
+        HAS_KL=beta != 0.0,
+        HAS_IS_RATIO=importance_sampling_ratio is not None,
+        PACKED=cu_seqlens is not None,
+        BLOCK_T=launch.TOKENS_PER_BLOCK,
+        num_warps=launch.TOKEN_WARPS,
+    )  # fmt: skip
+    return loss, sums, coefficient

@@ -1,0 +1,240 @@
+"""Plain-PyTorch twin of every kernel: the oracle of the tests and the maths of the "torch" backend.
+
+Rows are `[n, V]`, trajectories are padded `[R, T]`. Every function computes in the dtype of its inputs, so float64 in
+is float64 truth out. Nothing here chooses devices, splits into chunks or knows of kernels.
+"""
+
+import torch
+from torch import Tensor
+
+RATIO_LOG_MAX = 60.0  # exp(60) times an advantage still sums in fp32; beyond it a ratio carries no information
+K3_SERIES_BELOW = 0.5  # under this |d| the closed form of k3 loses digits to cancellation
+K3_MAX = 10.0
+SOLVE_STEPS = 40
+AT_LOWER_BOUND, AT_UPPER_BOUND, NO_VALUE = 1, 2, 4  # bits of the flags that `token_credit` returns
+
+
+def row_statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    return_entropy: bool,
+    workspace: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `logps`, `row_max`, `log_sum` and `entropy` (or None) of rows `[n, V]`.
+
+    z = (x - max x) / temperature,  log_sum = log sum exp z,  logp = z[id] - log_sum,  H = log_sum - sum p z
+
+    `workspace` lends two `[n, V]` buffers; the first may be `logits` itself.
+    """
+    row_max = logits.amax(-1)
+    z = torch.sub(logits, row_max[:, None], out=workspace[0])
+    if temperature != 1.0:
+        z.mul_(1.0 / temperature)
+    probs = torch.softmax(z, -1, out=workspace[1])
+    log_sum = -probs.amax(-1).log()  # the largest z is 0, so its probability is 1 / sum exp z
+    logps = z.gather(-1, ids[:, None]).squeeze(-1) - log_sum
+    # nansum: 0 * -inf of a banned token counts as 0; a NaN row stays NaN through log_sum
+    entropy = log_sum - probs.mul_(z).nansum(-1) if return_entropy else None
+    return logps, row_max, log_sum, entropy
+
+
+def logits_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    workspace: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Return d(grad_logps * logp + grad_entropy * H) / dlogits for rows `[n, V]`.
+
+    dlogits = (grad_logps * (onehot - p) - grad_entropy * p * (log p + H)) / temperature
+
+    `workspace` lends two `[n, V]` buffers: the first may be `logits`, the second receives the result and may be
+    `logits` when there is no entropy gradient.
+    """
+    upstream = grad_logps[:, None] / temperature
+    if grad_entropy is None:
+        z = logits
+        if temperature != 1.0:
+            z = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature)
+        grad = torch.softmax(z, -1, out=workspace[1]).mul_(-upstream)
+    else:
+        log_probs = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature).sub_(log_sum[:, None])
+        grad = torch.exp(log_probs, out=workspace[1])
+        slope = log_probs.clamp_(min=-1e6).add_(entropy[:, None]).mul_(grad_entropy[:, None] / temperature)
+        grad.mul_(slope.add_(upstream).neg_())
+    return grad.scatter_add_(-1, ids[:, None], upstream)
+
+
+def k3(d: Tensor) -> Tensor:
+    """Return exp(-d) + d - 1, accurate for small d."""
+    near = d.abs() < K3_SERIES_BELOW
+    x = torch.where(near, d, torch.zeros_like(d))
+    series = torch.full_like(x, 1.0 / 3628800)
+    for coefficient in (-1 / 362880, 1 / 40320, -1 / 5040, 1 / 720, -1 / 120, 1 / 24, -1 / 6, 1 / 2):
+        series = series * x + coefficient
+    far = torch.where(near, torch.ones_like(d), d)
+    return torch.where(near, x * x * series, torch.exp(-far) + far - 1.0)
+
+
+def token_credit(
+    contrast: Tensor | None,
+    base: Tensor | None,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    role_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor | None,
+    *,
+    contrast_kind: str,
+    reasoning_signal: str,
+    baseline: str,
+    tau: float,
+    weight_min: float,
+    weight_max: float,
+    direction: str,
+    normalize: str,
+    strength: float,
+    missing_role: str,
+    contrast_clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `contrast`, `weights`, `flags` (uint8), all `[R, T]`, and `baseline` `[R]` of padded trajectories.
+
+    A given `contrast` is used as it is; without it the contrast comes from the log-probs of the streams. `baseline` is
+    the mean contrast over the credit set, NaN where a trajectory got weight 1 because it lacks a role.
+    """
+    perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
+    credited = perception | reasoning
+    if contrast is None:
+        against = corrupted if reasoning_signal == "image_independence" else torch.where(perception, corrupted, ablated)
+        raw = base - against
+        if reasoning_signal == "image_independence":
+            raw = torch.where(reasoning, -raw, raw)
+    else:
+        raw = contrast.where(~contrast.isinf(), contrast.sign() * contrast_clamp)
+    no_value = credited & raw.isnan()
+    c = torch.where(credited & ~no_value, raw, torch.zeros_like(raw))
+    if contrast is None:
+        c = _contrast_of(c.clamp(-contrast_clamp, contrast_clamp), contrast_kind).where(credited, torch.zeros_like(c))
+
+    n = credited.sum(-1, keepdim=True)
+    mean = _masked_mean(c, credited)
+    shift = {"none": torch.zeros_like(c), "mean": mean.expand_as(c)}.get(baseline)
+    if shift is None:
+        shift = torch.where(perception, _masked_mean(c, perception), _masked_mean(c, reasoning))
+    u = (c - shift) / tau
+    if direction == "advantage":
+        u = u * advantages.sign()
+    if normalize == "solve":
+        u = u - _solve_shift(u, credited, weight_min, weight_max)
+    w = u.exp()
+    low, high = credited & (w < weight_min), credited & (w > weight_max)
+    w = w.clamp(weight_min, weight_max)
+    if normalize == "mean":
+        w = w / _masked_mean(w, credited)
+
+    lacking = n == 0
+    if missing_role == "uniform":
+        lacking = lacking | ~(perception.any(-1, keepdim=True) & reasoning.any(-1, keepdim=True))
+    largest = c.masked_fill(~credited, -torch.inf).amax(-1, keepdim=True) if c.shape[1] else n
+    smallest = c.masked_fill(~credited, torch.inf).amin(-1, keepdim=True) if c.shape[1] else n
+    weighted = credited & ~(lacking | (largest <= smallest))
+    if strength != 1.0:
+        w = 1.0 + strength * (w - 1.0)
+    w = torch.where(weighted, w, mask.to(w.dtype))
+    flags = AT_LOWER_BOUND * (low & weighted) + AT_UPPER_BOUND * (high & weighted) + NO_VALUE * no_value
+    return c, w, flags.to(torch.uint8), mean.masked_fill(lacking, torch.nan).squeeze(-1)
+
+
+def _contrast_of(d: Tensor, contrast_kind: str) -> Tensor:
+    if contrast_kind == "abs":
+        return d.abs()
+    return k3(d).clamp(max=K3_MAX) if contrast_kind == "k3" else d
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    total = torch.where(mask, x, torch.zeros_like(x)).sum(-1, keepdim=True)
+    return total / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _solve_shift(u: Tensor, credited: Tensor, weight_min: float, weight_max: float) -> Tensor:
+    """Find the shift per row under which the clipped weights have mean 1.
+
+    Bisection brackets the shift between the smallest and the largest exponent; one exact step on the weights that are
+    not clipped then removes what the resolution of the exponent left over.
+    """
+    if not u.shape[1]:
+        return u.new_zeros(u.shape[0], 1)
+    lo = u.masked_fill(~credited, torch.inf).amin(-1, keepdim=True)
+    hi = u.masked_fill(~credited, -torch.inf).amax(-1, keepdim=True)
+    lo, hi = torch.where(lo <= hi, lo, torch.zeros_like(lo)), torch.where(lo <= hi, hi, torch.zeros_like(hi))
+    for _ in range(SOLVE_STEPS):
+        middle = 0.5 * (lo + hi)
+        above = _masked_mean((u - middle).exp().clamp(weight_min, weight_max), credited) > 1.0
+        lo, hi = torch.where(above, middle, lo), torch.where(above, hi, middle)
+    shift = 0.5 * (lo + hi)
+    w = (u - shift).exp()
+    inside = credited & (w > weight_min) & (w < weight_max)
+    clipped = torch.where(credited & ~inside, w.clamp(weight_min, weight_max), torch.zeros_like(w)).sum(-1, keepdim=True)
+    free = torch.where(inside, w, torch.zeros_like(w)).sum(-1, keepdim=True)
+    wanted = credited.sum(-1, keepdim=True) - clipped
+    usable = (free > 0) & (wanted > 0)
+    return shift - torch.where(usable, torch.log(wanted.where(usable, free) / free), torch.zeros_like(free))
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    *,
+    loss_type: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    importance_sampling_level: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss `[R]` of padded trajectories, differentiable in `logps`, and `[R, 3]` metric sums.
+
+    l = -min(min(rho, delta) * A * w, clip(rho, 1 - epsilon_low, 1 + epsilon_high) * A * w) * is_ratio + beta * k3
+    loss_i = scale_i * sum_t l_it;  the sums are tokens clipped below, tokens clipped above, and the KL
+    """
+    zero = torch.zeros_like(logps)
+    logps = torch.where(mask, logps, zero)
+    old = logps.detach() if old_logps is None else torch.where(mask, old_logps, zero)
+    log_ratio = _difference(logps, old)
+    if importance_sampling_level == "sequence_token":
+        log_ratio = _masked_mean(log_ratio, mask).detach() + (log_ratio - log_ratio.detach())
+    ratio = log_ratio.clamp(max=RATIO_LOG_MAX).exp()
+    sign = torch.where(mask, advantages, zero)
+    advantage = torch.where(mask, advantages * weights, zero)
+    if loss_type == "cispo":
+        policy = -ratio.clamp(max=epsilon_high).detach() * advantage * logps
+        policy = torch.where(advantage == 0, zero, policy)  # a banned token with advantage 0 would be 0 * inf
+        low, high = torch.zeros_like(mask), (ratio > epsilon_high) & (sign > 0)
+    else:
+        free = ratio if delta is None else ratio.clamp(max=delta)
+        policy = -torch.min(free * advantage, ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high) * advantage)
+        low, high = (ratio < 1.0 - epsilon_low) & (sign < 0), (ratio > 1.0 + epsilon_high) & (sign > 0)
+    if importance_sampling_ratio is not None:
+        correction = torch.where(importance_sampling_ratio.isnan(), 1.0, importance_sampling_ratio)
+        policy = policy * torch.where(mask, correction, zero)
+    kl = k3(-_difference(torch.where(mask, ref_logps, zero), logps).clamp(max=RATIO_LOG_MAX)) if beta != 0.0 else zero
+    per_token = torch.where(mask, policy + beta * kl, zero)
+    sums = torch.stack([(low & mask).sum(-1).to(kl.dtype), (high & mask).sum(-1).to(kl.dtype), kl.detach().sum(-1)], -1)
+    return per_token.sum(-1) * scale, sums
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Return a - b, and 0 without a gradient where both are -inf."""
+    return torch.where((a == b) & a.isinf(), torch.zeros_like(a), a - b)
