@@ -5,9 +5,9 @@ Both are frozen and checked when constructed. Tensors never live here.
 
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from srpo.errors import ConfigError, ConfigWarning
 
@@ -58,7 +58,17 @@ class CreditConfig:
     strict_finite: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_choice(self, "contrast_kind", ("logratio", "abs", "k3"))
+        _check_choice(self, "reasoning_signal", ("perception_ablation", "image_independence"))
+        _check_choice(self, "baseline", ("mean", "role_mean", "none"))
+        _check_choice(self, "direction", ("evidence", "advantage"))
+        _check_choice(self, "normalize", ("mean", "none", "solve"))
+        _check_choice(self, "missing_role", ("uniform", "within"))
+        for name, fix in (("tau", "1.0"), ("weight_min", "0.8"), ("weight_max", "1.2"), ("strength", "1.0")):
+            _check_number(self, name, fix)
+        _check_number(self, "contrast_clamp", "20.0")
+        if not isinstance(self.strict_finite, bool):
+            raise ConfigError(_message(self, "strict_finite", "True or False", "False"))
         _require(self, "tau", self.tau >= 1e-6, "a number of at least 1e-6", "tau=1.0")
         if self.normalize == "solve":
             bracketed = self.weight_min <= 1.0 <= self.weight_max
@@ -122,7 +132,14 @@ class LossConfig:
                 "LossConfig(): importance_sampling_level got 'sequence', expected 'token' or 'sequence_token': token "
                 "weights with mean 1 cancel under a pure sequence ratio; use 'sequence_token'."
             )
-        _check_types(self)
+        _check_choice(self, "loss_type", ("dapo", "grpo", "bnpo", "dr_grpo", "cispo"))
+        _check_choice(self, "importance_sampling_level", ("token", "sequence_token"))
+        for name, fix in (("epsilon_low", "0.2"), ("epsilon_high", "0.2"), ("beta", "0.0"), ("temperature", "1.0")):
+            _check_number(self, name, fix)
+        if self.delta is not None:
+            _check_number(self, "delta", "None")
+        if self.max_completion_length is not None:
+            _check_number(self, "max_completion_length", "256", integer=True)
         _require(self, "epsilon_low", 0.0 <= self.epsilon_low <= 1.0, "0 <= epsilon_low <= 1", "epsilon_low=0.2")
         _require(self, "epsilon_high", self.epsilon_high >= 0.0, "a number of at least 0", "epsilon_high=0.2")
         _require(self, "delta", self.delta is None or self.delta > 0.0, "None or a positive number", "delta=None")
@@ -137,25 +154,17 @@ class LossConfig:
             )
 
 
-def _check_types(config: Any) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        kind = field.type
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                options = ", ".join(repr(option) for option in get_args(kind))
-                raise ConfigError(_message(config, field.name, f"one of {options}", repr(field.default)))
-        elif kind is bool:
-            if not isinstance(value, bool):
-                raise ConfigError(_message(config, field.name, "True or False", repr(field.default)))
-        elif value is None:
-            if "None" not in str(kind):
-                raise ConfigError(_message(config, field.name, "a number", repr(field.default)))
-        elif isinstance(value, bool) or not isinstance(value, int if "int" in str(kind) else (int, float)):
-            noun = "an int" if "int" in str(kind) else "a number"
-            raise ConfigError(_message(config, field.name, noun, repr(field.default)))
-        elif not math.isfinite(value):
-            raise ConfigError(_message(config, field.name, "a finite number", repr(field.default)))
+def _check_choice(config: Any, name: str, options: tuple[str, ...]) -> None:
+    if getattr(config, name) not in options:
+        raise ConfigError(_message(config, name, f"one of {', '.join(map(repr, options))}", repr(options[0])))
+
+
+def _check_number(config: Any, name: str, fix: str, *, integer: bool = False) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise ConfigError(_message(config, name, "an int" if integer else "a number", fix))
+    if not math.isfinite(value):
+        raise ConfigError(_message(config, name, "a finite number", fix))
 
 
 def _require(config: Any, name: str, holds: bool, expected: str, fix: str) -> None:

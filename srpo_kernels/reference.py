@@ -32,10 +32,13 @@ def row_statistics(
     if temperature != 1.0:
         z.mul_(1.0 / temperature)
     probs = torch.softmax(z, -1, out=workspace[1])
-    log_sum = -probs.amax(-1).log()  # the largest z is 0, so its probability is 1 / sum exp z
+    # The largest z is 0, so its probability is 1 / sum exp z. torch.softmax sums a long row carelessly (1e-4 off at
+    # V = 151k); the sum of what it returns says by how much.
+    total = probs.sum(-1)
+    log_sum = (total / probs.amax(-1)).log()
     logps = z.gather(-1, ids[:, None]).squeeze(-1) - log_sum
     # nansum: 0 * -inf of a banned token counts as 0; a NaN row stays NaN through log_sum
-    entropy = log_sum - probs.mul_(z).nansum(-1) if return_entropy else None
+    entropy = log_sum - probs.mul_(z).nansum(-1) / total if return_entropy else None
     return logps, row_max, log_sum, entropy
 
 
@@ -62,7 +65,8 @@ def logits_gradient(
         z = logits
         if temperature != 1.0:
             z = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature)
-        grad = torch.softmax(z, -1, out=workspace[1]).mul_(-upstream)
+        grad = torch.softmax(z, -1, out=workspace[1])
+        grad.mul_(-upstream / grad.sum(-1, keepdim=True))
     else:
         log_probs = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature).sub_(log_sum[:, None])
         grad = torch.exp(log_probs, out=workspace[1])

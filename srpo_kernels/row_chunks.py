@@ -5,7 +5,7 @@ depends on how many rows or threads there are. (Parallel ops on small chunks wou
 microseconds, which on a busy machine costs more than the arithmetic.) Masked rows are never read there. On other
 devices finding them would need a sync, so they are computed and discarded.
 
-Memory beyond the outputs: two chunks in the compute dtype, 2 MiB a CPU thread or 128 MiB on other devices.
+Memory beyond the outputs: two chunks in the compute dtype, 4 MiB a CPU thread or 128 MiB on other devices.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srpo_kernels import reference
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 2 << 20
 _CHUNK_BYTES_OFF_CPU = 64 << 20
 
 

@@ -1,0 +1,66 @@
+"""Imports go one way, and `import srpo` stays light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+HEAVY = ("triton", "transformers", "trl", "matplotlib", "liger_kernel", "rich", "sklearn", "PIL")
+KERNEL_FILES = ("selected_logps", "token_credit", "policy_loss", "device")
+
+
+def imported_modules(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files_of(package: str) -> list[pathlib.Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files_of("srpo_kernels"), ids=lambda p: p.stem)
+def test_kernel_room_imports_torch_and_triton_only(path):
+    allowed = {"torch", "triton", "srpo_kernels", "typing", "collections", "concurrent", "dataclasses", "functools"}
+    assert {module.split(".")[0] for module in imported_modules(path)} <= allowed
+
+
+def test_reference_and_kernels_never_import_each_other():
+    kernels = {f"srpo_kernels.{name}" for name in KERNEL_FILES}
+    assert not imported_modules(ROOT / "srpo_kernels/reference.py") & kernels
+    for name in KERNEL_FILES:
+        assert "srpo_kernels.reference" not in imported_modules(ROOT / f"srpo_kernels/{name}.py")
+
+
+@pytest.mark.parametrize("path", files_of("srpo"), ids=lambda p: p.stem)
+def test_user_room_does_not_import_tests_benchmarks_or_integrations(path):
+    modules = imported_modules(path)
+    assert not {m for m in modules if m.split(".")[0] in ("tests", "benchmarks")}
+    if "integrations" not in path.parts:
+        assert not {m for m in modules if m.startswith("srpo.integrations")}
+
+
+def test_importing_srpo_loads_nothing_heavy():
+    code = f"import sys, srpo; print([m for m in {HEAVY} if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.strip() == "[]"
+
+
+def test_the_torch_backend_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, srpo\n"
+        "out = srpo.role_weighted_grpo_loss(torch.zeros(1, 2, 3, requires_grad=True), torch.zeros(1, 2).long(), torch.ones(1))\n"
+        "out.loss.backward()\n"
+        "try: srpo.selected_logps(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), backend='triton')\n"
+        "except srpo.KernelUnavailableError as error: print(error)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "Triton is not installed" in output
