@@ -224,11 +224,16 @@ def normaliser(call: Call, num_items_in_batch: Any) -> None:
         call.fail(ConfigError, "num_items_in_batch", describe(x), expected, fix)
 
 
-def configs(call: Call, credit: Any, loss: Any = None) -> None:
-    """Check the types of the two configuration objects."""
+def credit_config(call: Call, credit: Any) -> None:
+    """Check the type of `credit`."""
     if not isinstance(credit, CreditConfig):
         call.fail(ConfigError, "credit", describe(credit), "a CreditConfig", "pass PRESETS['srpo']")
-    if loss is not None and not isinstance(loss, LossConfig):
+
+
+def configs(call: Call, credit: Any, loss: Any) -> None:
+    """Check the types of the two configuration objects."""
+    credit_config(call, credit)
+    if not isinstance(loss, LossConfig):
         call.fail(ConfigError, "loss", describe(loss), "a LossConfig", "pass LossConfig(loss_type=...)")
 
 
@@ -242,12 +247,10 @@ def backend_of(call: Call, backend: str, dtype: torch.dtype) -> str:
     if backend == "torch" or (backend == "auto" and (call.device.type == "cpu" or dtype == torch.float64)):
         return "torch"
     reason = launch.unavailable_reason(call.device)
-    if reason is None:
-        return "triton"
-    if backend == "auto":
-        return "torch"
-    fix = "pass backend='auto', or set TRITON_INTERPRET=1 before importing srpo to run the kernels on a CPU"
-    call.fail(KernelUnavailableError, "backend", "'triton'", f"a device with Triton ({reason})", fix)
+    if reason is not None and backend == "triton":
+        fix = "pass backend='auto', or set TRITON_INTERPRET=1 before importing srpo to run the kernels on a CPU"
+        call.fail(KernelUnavailableError, "backend", "'triton'", f"a device with Triton ({reason})", fix)
+    return "triton" if reason is None else "torch"
 
 
 def tokens(layout: Layout) -> str:

@@ -67,22 +67,20 @@ def role_contrast(
     Source: Jiang & Zou, arXiv 2605.07274.
     """
     call = checks.Call("role_contrast", logps, "logps", validate_values)
-    checks.configs(call, credit)
+    checks.credit_config(call, credit)
     layout = checks.layout_of(call, "logps", logps, cu_seqlens)
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
     roles = checks.roles_of(call, role_ids, mask, layout)
     streams = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-    checks.contrast_inputs(call, credit, layout, streams, {}, 0)
-    chosen = checks.backend_of(call, backend, logps.dtype)
-    if not credit.streams:
-        return torch.zeros(layout.shape, dtype=_compute_dtype(logps), device=logps.device)
     plain = CreditConfig(
         contrast_kind=credit.contrast_kind,
         reasoning_signal=credit.reasoning_signal,
         contrast_clamp=credit.contrast_clamp,
         strict_finite=credit.strict_finite,
     )
+    checks.contrast_inputs(call, plain, layout, streams, {}, 0)
+    chosen = checks.backend_of(call, backend, logps.dtype)
     return run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, **streams).contrast
 
 
@@ -124,7 +122,7 @@ def token_weights(
     Source: Jiang & Zou, arXiv 2605.07274.
     """
     call = checks.Call("token_weights", contrast, "contrast", validate_values)
-    checks.configs(call, credit)
+    checks.credit_config(call, credit)
     layout = checks.layout_of(call, "contrast", contrast, cu_seqlens)
     call.tensor("contrast", contrast, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
@@ -136,7 +134,7 @@ def token_weights(
         call.fail(ConfigError, "advantages", "None", "advantages because direction='advantage'", fix)
     chosen = checks.backend_of(call, backend, contrast.dtype)
     if credit.strength == 0.0:
-        return mask.to(_compute_dtype(contrast))
+        return mask.to(compute_dtype(contrast, chosen))
     return run_credit(call, layout, mask, roles, advantages, credit, chosen, contrast=contrast).weights
 
 
@@ -194,8 +192,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale: str = "group"
         call.fail(ConfigError, "scale", repr(scale), "'group', 'batch' or 'none'", "pass scale='group'")
     call.finite("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool))
     if not rewards.numel():
-        return rewards.detach().to(_compute_dtype(rewards))
-    x = rewards.detach().to(_compute_dtype(rewards))
+        return rewards.detach().to(compute_dtype(rewards))
+    x = rewards.detach().to(compute_dtype(rewards))
     _, index = group_ids.unique(return_inverse=True)
     same = index[:, None] == index[None, :]  # [B, B]: deterministic sums, no scatter
     size = same.sum(-1)
@@ -225,11 +223,21 @@ def run_credit(
     ablated: Tensor | None = None,
 ) -> Credit:
     """Run the credit op on checked arguments; a given `contrast` replaces the three streams."""
-    settings = settings_of(credit, without=("strict_finite",))
-    dtype = _compute_dtype(contrast if contrast is not None else base)
-    streams = (None if x is None else x.to(dtype) for x in (contrast, base, corrupted, ablated))
-    signs = None if advantages is None else advantages.to(dtype)
-    result = Credit(*ops.token_credit(*streams, role_ids, mask, signs, layout, backend=backend, **settings))
+    dtype = compute_dtype(base if contrast is None else contrast, backend)
+    result = Credit(
+        *ops.token_credit(
+            as_dtype(contrast, dtype),
+            as_dtype(base, dtype),
+            as_dtype(corrupted, dtype),
+            as_dtype(ablated, dtype),
+            role_ids,
+            mask,
+            as_dtype(advantages, dtype),
+            layout,
+            backend=backend,
+            **settings_of(credit, without=("strict_finite",)),
+        )
+    )
     if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
         n = int(((result.flags & NO_VALUE) != 0).sum())
         fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
@@ -242,5 +250,11 @@ def settings_of(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in without}
 
 
-def _compute_dtype(x: Tensor | None) -> torch.dtype:
-    return torch.float64 if x is not None and x.dtype == torch.float64 else torch.float32
+def compute_dtype(x: Tensor | None, backend: str = "torch") -> torch.dtype:
+    """Return float64 for float64 tensors on the torch backend, float32 for everything else."""
+    return torch.float64 if backend == "torch" and x is not None and x.dtype == torch.float64 else torch.float32
+
+
+def as_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Convert a tensor that may be None."""
+    return None if x is None else x.to(dtype)

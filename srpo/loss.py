@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
-from srpo.credit import Credit, run_credit, settings_of
+from srpo.credit import Credit, as_dtype, compute_dtype, run_credit, settings_of
 from srpo.errors import ConfigError
 from srpo.metrics import MetricSums, credit_sums, loss_sums
 from srpo_kernels import ops
@@ -263,22 +263,24 @@ class _Stage:
     ) -> None:
         self.layout, self.mask = layout, mask
         self.advantages = checks.advantages_of(self.call, advantages, mask, layout)
-        self.role_ids = None if role_ids is None else checks.roles_of(self.call, role_ids, mask, layout)
+        self.has_roles = role_ids is not None
+        self.role_ids = checks.roles_of(self.call, role_ids, mask, layout) if self.has_roles else torch.zeros_like(mask)
         self.weights = weights
-        if role_ids is not None and weights is None:
+        if self.has_roles and weights is None:
             self.streams = self.credit.streams
         ratio = importance_sampling_ratio
         checks.loss_inputs(self.call, self.loss, layout, mask, old_logps, ref_logps, ratio)
         self.old_logps, self.ref_logps = old_logps, ref_logps
-        per_trajectory = ratio is not None and tuple(ratio.shape) != layout.shape
-        self.is_ratio = layout.spread(ratio[:, 0]) if per_trajectory else ratio
+        if ratio is not None and tuple(ratio.shape) != layout.shape:
+            ratio = layout.spread(ratio[:, 0])
+        self.is_ratio = ratio
 
     def check_contrasts(self, given: dict[str, Any], live: dict[str, Any], vocabulary: int) -> None:
         call, layout = self.call, self.layout
         named = {f"{s}_logps": x for s, x in given.items()} | {f"{s}_logits": x for s, x in live.items()}
         if self.weights is not None:
             self.weights = checks.given_weights(call, self.weights, self.mask, layout, named)
-        elif self.role_ids is None:
+        elif not self.has_roles:
             for name, x in named.items():
                 if x is not None:
                     fix = "pass role_ids from role_ids_from_completions, or drop the contrast streams"
@@ -287,7 +289,8 @@ class _Stage:
             checks.contrast_inputs(call, self.credit, layout, given, live, vocabulary)
 
     def run(self, logps: Tensor, entropy: Tensor | None, contrasts: dict[str, Any], normaliser: Any) -> LossOutput:
-        dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(logps, self.backend)
+        logps = logps.to(dtype)
         mask, layout = self.mask, self.layout
         credit = self._credit(logps, contrasts) if self.streams else None
         weights = credit.weights if credit else mask if self.weights is None else self.weights
@@ -295,8 +298,10 @@ class _Stage:
         advantages = self.advantages.to(dtype)
         counts = layout.token_counts(mask).to(dtype)
         per_trajectory, clip_and_kl = ops.policy_loss(
-            logps.to(dtype),
-            *(None if x is None else x.to(dtype) for x in (self.old_logps, self.ref_logps, self.is_ratio)),
+            logps,
+            as_dtype(self.old_logps, dtype),
+            as_dtype(self.ref_logps, dtype),
+            as_dtype(self.is_ratio, dtype),
             advantages,
             weights,
             mask,

@@ -15,11 +15,11 @@ TOKEN_WARPS = 4
 def unavailable_reason(device: torch.device) -> str | None:
     """Say why the Triton kernels cannot run on tensors of `device`, or return None when they can."""
     try:
-        import triton  # noqa: PLC0415 - Triton is optional and slow to import
-        from triton.runtime import driver  # noqa: PLC0415
+        import triton
+        from triton.runtime import driver
     except ImportError:
         return "Triton is not installed"
-    from srpo_kernels import device as blocks  # noqa: PLC0415
+    from srpo_kernels import device as blocks
 
     if not isinstance(blocks.k3, triton.JITFunction):
         return None  # Triton's interpreter runs on any tensor

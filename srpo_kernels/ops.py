@@ -32,7 +32,7 @@ def _row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     streams = [x for x in (logits, corrupted_logits, ablated_logits) if x is not None]
     if backend == "triton":
-        from srpo_kernels.selected_logps import row_statistics_fwd  # noqa: PLC0415
+        from srpo_kernels.selected_logps import row_statistics_fwd
 
         return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
     results = [
@@ -128,7 +128,7 @@ def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperat
 def _write_gradient(out: Tensor, *arguments: Any) -> None:
     *arguments, backend = arguments
     if backend == "triton":
-        from srpo_kernels.selected_logps import logits_gradient_bwd  # noqa: PLC0415
+        from srpo_kernels.selected_logps import logits_gradient_bwd
 
         logits_gradient_bwd(out, *arguments)
     else:
@@ -158,7 +158,7 @@ def _token_credit(
     missing_role: str,
     contrast_clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from srpo_kernels.token_credit import token_credit_fwd  # noqa: PLC0415
+    from srpo_kernels.token_credit import token_credit_fwd
 
     return token_credit_fwd(
         contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories,
@@ -193,7 +193,7 @@ def _policy_loss(
     beta: float,
     importance_sampling_level: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from srpo_kernels.policy_loss import policy_loss_fwd  # noqa: PLC0415
+    from srpo_kernels.policy_loss import policy_loss_fwd
 
     return policy_loss_fwd(
         logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens,

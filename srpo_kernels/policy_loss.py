@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srpo_kernels import launch
-from srpo_kernels.device import capped_exp, clipped_surrogate, difference, k3, trajectory_range
+from srpo_kernels.device import RATIO_LOG_MAX, capped_exp, clipped_surrogate, difference, k3, trajectory_range
 
 
 @triton.jit
@@ -80,7 +80,8 @@ def _policy_loss_fwd_kernel(
         else:
             value, value_slope = clipped_surrogate(ratio, advantage, lowest, highest, delta)
             policy, slope = -value, -value_slope * ratio_slope * log_slope
-            low, high = (ratio < lowest) & (sign < 0.0), (ratio > highest) & (sign > 0.0)
+            free = tl.minimum(ratio, delta)
+            low, high = (free < lowest) & (sign < 0.0), (free > highest) & (sign > 0.0)
         if HAS_IS_RATIO:
             is_ratio = tl.load(is_ratio_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
             is_ratio = tl.where(is_ratio != is_ratio, 1.0, is_ratio)
@@ -88,9 +89,9 @@ def _policy_loss_fwd_kernel(
         if HAS_KL:
             ref = tl.load(ref_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
             log_ref_ratio, ref_slope = difference(ref, logps)
-            kl = k3(-tl.minimum(log_ref_ratio, 60.0))
+            kl = k3(-tl.minimum(log_ref_ratio, RATIO_LOG_MAX))
             ref_ratio, _ = capped_exp(log_ref_ratio)
-            kl_slope = tl.where(log_ref_ratio <= 60.0, (1.0 - ref_ratio) * ref_slope, 0.0)
+            kl_slope = tl.where(log_ref_ratio <= RATIO_LOG_MAX, (1.0 - ref_ratio) * ref_slope, 0.0)
             policy, slope = policy + beta * kl, slope + beta * kl_slope
             kl_sum += tl.sum(tl.where(valid, kl, 0.0), 0)
         loss += tl.sum(tl.where(valid, policy, 0.0), 0)

@@ -184,7 +184,9 @@ def _solve_shift(u: Tensor, credited: Tensor, weight_min: float, weight_max: flo
     shift = 0.5 * (lo + hi)
     w = (u - shift).exp()
     inside = credited & (w > weight_min) & (w < weight_max)
-    clipped = torch.where(credited & ~inside, w.clamp(weight_min, weight_max), torch.zeros_like(w)).sum(-1, keepdim=True)
+    clipped = torch.where(credited & ~inside, w.clamp(weight_min, weight_max), torch.zeros_like(w)).sum(
+        -1, keepdim=True
+    )
     free = torch.where(inside, w, torch.zeros_like(w)).sum(-1, keepdim=True)
     wanted = credited.sum(-1, keepdim=True) - clipped
     usable = (free > 0) & (wanted > 0)
@@ -229,7 +231,7 @@ def policy_loss(
     else:
         free = ratio if delta is None else ratio.clamp(max=delta)
         policy = -torch.min(free * advantage, ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high) * advantage)
-        low, high = (ratio < 1.0 - epsilon_low) & (sign < 0), (ratio > 1.0 + epsilon_high) & (sign > 0)
+        low, high = (free < 1.0 - epsilon_low) & (sign < 0), (free > 1.0 + epsilon_high) & (sign > 0)
     if importance_sampling_ratio is not None:
         correction = torch.where(importance_sampling_ratio.isnan(), 1.0, importance_sampling_ratio)
         policy = policy * torch.where(mask, correction, zero)

@@ -5,7 +5,7 @@
 
 Forward reads each needed row of each stream once: `[B, T or T+1, V]`, any strides, and writes `logps`, `row_max` and
 `log_sum` `[S, B, T]` and `entropy` `[B, T]` in fp32. Rows whose mask is 0 are not read and give 0. `row_max` and
-`log_sum` are saved for backward, which reads a row once and writes it once; a row without upstream gradient is not read.
+`log_sum` are saved for backward, which reads a row once and writes it once; a row without gradient is not read.
 128-bit accesses need the row strides to be multiples of 16 elements (V = 151936 is); other strides load scalars.
 """
 
@@ -15,10 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srpo_kernels import launch
-from srpo_kernels.device import NEG_INF, block_statistics, finish_statistics, merge_statistics
-
-_RUNTIME = ["n_rows", "n_blocks", "T", "L"]
-_UNALIGNED = ["ids_ptr", "row_mask_ptr", "grad_logps_ptr", "grad_entropy_ptr"]
+from srpo_kernels.device import LOG2E, NEG_INF, block_statistics, finish_statistics, merge_statistics
 
 
 @triton.jit
@@ -66,7 +63,7 @@ def _store_row(
         tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit(do_not_specialize=_RUNTIME[:1] + ["T"], do_not_specialize_on_alignment=_UNALIGNED[:2])
+@triton.jit(do_not_specialize=["n_rows", "T"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
 def _row_statistics_fwd_kernel(
     logits_ptr, corrupted_ptr, ablated_ptr,  # [B, T or T+1, V] each
     ids_ptr,  # [B, T]
@@ -91,7 +88,7 @@ def _row_statistics_fwd_kernel(
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
     inv_temperature = tl.cast(inv_temperature, tl.float32)
-    scale = inv_temperature * 1.4426950408889634
+    scale = inv_temperature * LOG2E
     target_id = tl.load(ids_ptr + row)
     target = float("nan")  # of an id outside the vocabulary
     row_max, row_sum, weighted = NEG_INF, 0.0, 0.0
@@ -112,7 +109,7 @@ def _row_statistics_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME[:3], do_not_specialize_on_alignment=_UNALIGNED[:2])
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "T"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
 def _row_blocks_fwd_kernel(
     logits_ptr, corrupted_ptr, ablated_ptr, ids_ptr, row_mask_ptr,
     partials_ptr,  # [S, B, T, n_blocks, 3]: max, sum, weighted
@@ -131,7 +128,7 @@ def _row_blocks_fwd_kernel(
         logits_ptr, corrupted_ptr, ablated_ptr, stream, row // T, row % T,
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
-    scale = tl.cast(inv_temperature, tl.float32) * 1.4426950408889634
+    scale = tl.cast(inv_temperature, tl.float32) * LOG2E
     target_id = tl.load(ids_ptr + row)
     start = block * BLOCK_V
     cols = start + tl.arange(0, BLOCK_V)
@@ -145,7 +142,7 @@ def _row_blocks_fwd_kernel(
         tl.store(targets_ptr + cell, tl.sum(tl.where(cols == target_id, x, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=_RUNTIME[:2], do_not_specialize_on_alignment=_UNALIGNED[:2])
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
 def _merge_blocks_fwd_kernel(
     partials_ptr, targets_ptr, ids_ptr, row_mask_ptr,
     logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr,
@@ -155,7 +152,7 @@ def _merge_blocks_fwd_kernel(
     stream, row = cell // n_rows, cell % n_rows
     needed = tl.load(row_mask_ptr + cell) != 0
     inv_temperature = tl.cast(inv_temperature, tl.float32)
-    scale = inv_temperature * 1.4426950408889634
+    scale = inv_temperature * LOG2E
     row_max, row_sum, weighted = NEG_INF, 0.0, 0.0
     for block in range(0, n_blocks):
         partial_ptr = partials_ptr + (cell.to(tl.int64) * n_blocks + block) * 3
@@ -177,7 +174,10 @@ def _merge_blocks_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME[1:], do_not_specialize_on_alignment=_UNALIGNED[:1] + _UNALIGNED[2:])
+@triton.jit(
+    do_not_specialize=["n_blocks", "T", "L"],
+    do_not_specialize_on_alignment=["ids_ptr", "grad_logps_ptr", "grad_entropy_ptr"],
+)
 def _logits_gradient_bwd_kernel(
     out_ptr,  # [B, L, V], L = T or T+1; may be logits_ptr
     logits_ptr,  # [B, L, V]
@@ -204,7 +204,7 @@ def _logits_gradient_bwd_kernel(
         x = _load_block(_row_ptr(logits_ptr, b, t, stride_b, stride_t), cols, V, stride_v, UNIT_STRIDE)
         log_sum = tl.load(log_sum_ptr + cell)
         log_p = (x - tl.load(row_max_ptr + cell)) * inv_temperature - log_sum
-        p = tl.exp2(log_p * 1.4426950408889634)
+        p = tl.exp2(log_p * LOG2E)
         slope = g
         if HAS_ENTROPY_GRAD:
             slope += h * (tl.where(p == 0.0, 0.0, log_p) + tl.load(entropy_ptr + cell))

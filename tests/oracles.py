@@ -69,7 +69,9 @@ def contrast(base, corrupted, ablated, role_ids, mask, credit) -> Tensor:
 
 def credit_set(role_ids: Tensor, mask: Tensor) -> list[tuple[int, int]]:
     rows, tokens = mask.shape
-    return [(i, t) for i in range(rows) for t in range(tokens) if mask[i, t] and role_ids[i, t] in (PERCEPTION, REASONING)]
+    return [
+        (i, t) for i in range(rows) for t in range(tokens) if mask[i, t] and role_ids[i, t] in (PERCEPTION, REASONING)
+    ]
 
 
 def weights(contrasts, role_ids, mask, credit, advantages=None) -> Tensor:

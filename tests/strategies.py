@@ -142,7 +142,9 @@ def draw_mask(generator: torch.Generator, rows: int, tokens: int, style: str) ->
     if style == "all_masked":
         return ~mask
     if style in ("ragged", "empty_rows"):
-        lengths = torch.randint(0 if style == "empty_rows" else min(1, tokens), tokens + 1, (rows,), generator=generator)
+        lengths = torch.randint(
+            0 if style == "empty_rows" else min(1, tokens), tokens + 1, (rows,), generator=generator
+        )
         mask = torch.arange(tokens)[None, :] < lengths[:, None]
     if style == "holes":
         mask = torch.rand(rows, tokens, generator=generator) < 0.7
@@ -180,7 +182,9 @@ def draw_contrast_streams(generator: torch.Generator, base: Tensor, style: str) 
 
 
 @st.composite
-def batches(draw, *, max_rows=4, max_tokens=9, min_rows=0, min_tokens=0, vocabularies=None, contrast_styles=CONTRAST_STYLES):
+def batches(
+    draw, *, max_rows=4, max_tokens=9, min_rows=0, min_tokens=0, vocabularies=None, contrast_styles=CONTRAST_STYLES
+):
     """Ragged batches at the log-prob level, or with logits when `vocabularies` lists sizes to choose from."""
     return make_batch(
         seed=draw(st.integers(0, 2**32 - 1)),

@@ -57,7 +57,8 @@ def test_the_torch_backend_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, srpo\n"
-        "out = srpo.role_weighted_grpo_loss(torch.zeros(1, 2, 3, requires_grad=True), torch.zeros(1, 2).long(), torch.ones(1))\n"
+        "logits = torch.zeros(1, 2, 3, requires_grad=True)\n"
+        "out = srpo.role_weighted_grpo_loss(logits, torch.zeros(1, 2).long(), torch.ones(1))\n"
         "out.loss.backward()\n"
         "try: srpo.selected_logps(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), backend='triton')\n"
         "except srpo.KernelUnavailableError as error: print(error)\n"

@@ -48,7 +48,9 @@ class ComputationSpy(TorchDispatchMode):
 def assert_refused(function, arguments: dict, error: type[Exception], argument: str) -> str:
     """Call and expect `error` about `argument`; the inputs keep their values and versions."""
     tensors = {
-        k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.device.type != "meta" and v.layout == torch.strided
+        k: v
+        for k, v in arguments.items()
+        if isinstance(v, Tensor) and v.device.type != "meta" and v.layout == torch.strided
     }
     before = {k: (v.detach().clone(), v._version) for k, v in tensors.items()}
     with ComputationSpy() as spy, pytest.raises(error) as raised:
@@ -164,7 +166,14 @@ def test_wrong_shapes_of_weights(entry, backend, device, shape):
     refuse(entry, device, backend, ShapeError, "weights", **changes)
 
 
-FLOAT_ARGUMENTS = ["advantages", "corrupted_logps", "ablated_logps", "old_logps", "ref_logps", "importance_sampling_ratio"]
+FLOAT_ARGUMENTS = [
+    "advantages",
+    "corrupted_logps",
+    "ablated_logps",
+    "old_logps",
+    "ref_logps",
+    "importance_sampling_ratio",
+]
 
 
 @pytest.mark.parametrize("argument", FLOAT_ARGUMENTS)
@@ -398,7 +407,11 @@ def test_bad_input_of_token_weights(backend, device):
         ({"role_ids": batch.role_ids[:1]}, ShapeError, "role_ids"),
         ({"advantages": torch.zeros(3, device=device)}, ShapeError, "advantages"),
         ({"credit": signed}, ConfigError, "advantages"),
-        ({"credit": signed, "advantages": torch.tensor([NAN, 1.0], device=device), "validate_values": True}, NonFiniteError, "advantages"),
+        (
+            {"credit": signed, "advantages": torch.tensor([NAN, 1.0], device=device), "validate_values": True},
+            NonFiniteError,
+            "advantages",
+        ),
     ]:
         assert_refused(srpo.token_weights, {**legal, **changes}, error, argument)
 

@@ -152,9 +152,7 @@ def test_the_rlsd_row_follows_from_the_same_equations(device, dtype, backend):
         [[-0.3, -1.1, -0.2, -0.4, -1.6, -0.1], [-1.2, -0.4, -0.2, -1.6, 0, 0]], dtype=dtype, device=device
     )
     advantages = torch.tensor(ADVANTAGES, dtype=dtype, device=device)
-    credit = CreditConfig(
-        baseline="none", direction="advantage", normalize="none", strength=0.5, missing_role="within"
-    )
+    credit = CreditConfig(baseline="none", direction="advantage", normalize="none", strength=0.5, missing_role="within")
     weights = srpo.token_weights(
         teacher - student,
         torch.full_like(student, 2, dtype=torch.int8),

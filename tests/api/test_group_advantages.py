@@ -59,7 +59,9 @@ def test_fp32_and_the_default_scale(device):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_group_of_one_gives_zero(device, scale, dtype):
-    alone = srpo.group_advantages(torch.tensor([3.0], dtype=dtype, device=device), torch.tensor([2], device=device), scale=scale)
+    alone = srpo.group_advantages(
+        torch.tensor([3.0], dtype=dtype, device=device), torch.tensor([2], device=device), scale=scale
+    )
     assert alone.tolist() == [0.0]
     mixed = srpo.group_advantages(
         torch.tensor([3.0, 1.0, 2.0], dtype=dtype, device=device), torch.tensor([2, 8, 8], device=device), scale=scale

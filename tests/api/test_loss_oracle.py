@@ -119,7 +119,6 @@ def check_against_oracle(
 
     for name in ("loss", "logps", "weights"):
         got = getattr(out, name)
-        assert got.dtype == (torch.float64 if precision == torch.float64 else torch.float32), name
         assert_close_to_truth(name, got, truth[name], eager[name], precision=precision)
     if entry == "logits":
         assert_close_to_truth("entropy", out.entropy, truth["entropy"], eager["entropy"], precision=precision)
@@ -180,8 +179,36 @@ def test_random_batches_from_logits(backend, device, batch, credit, loss, on_pol
     check_against_oracle(batch, backend, device, credit=credit, loss=loss, entry="logits", on_policy=on_policy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("entry", ["logps", "logits"])
+def test_outputs_are_fp32_whatever_the_input(backend, device, entry, dtype):
+    """fp64 in gives fp64 out on the torch backend; the kernels compute in fp32."""
+    batch = make_batch(131, 2, 3, vocabulary=7, mask_style="full", role_style="mixed").to(device)
+    batch = batch.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    arguments = {**batch.contrast_streams(), "completion_mask": batch.completion_mask, "backend": backend}
+    if entry == "logits":
+        out = srpo.role_weighted_grpo_loss(batch.logits, batch.completion_ids, batch.advantages, **arguments)
+    else:
+        out = srpo.role_weighted_grpo_loss_from_logps(batch.logps, batch.advantages, **arguments)
+    expected = torch.float64 if dtype == torch.float64 and backend == "torch" else torch.float32
+    outputs = {"loss": out.loss, "logps": out.logps, "weights": out.weights}
+    if entry == "logits":
+        outputs["entropy"] = out.entropy
+    assert {name: value.dtype for name, value in outputs.items()} == dict.fromkeys(outputs, expected)
+
+
+def test_strength_zero_gives_unit_weights_and_leaves_the_contrast_alone(backend, device):
+    batch = make_batch(132, 2, 5, mask_style="full", role_style="mixed").to(device)
+    arguments = {**batch.contrast_streams(), "completion_mask": batch.completion_mask, "backend": backend}
+    contrast = srpo.role_contrast(batch.old_logps, **arguments, credit=CreditConfig())
+    off = CreditConfig(strength=0.0)
+    assert torch.equal(srpo.role_contrast(batch.old_logps, **arguments, credit=off), contrast)
+    weights = srpo.token_weights(contrast, batch.role_ids, batch.completion_mask, credit=off, backend=backend)
+    assert torch.equal(weights, torch.ones_like(contrast))
+
+
 @many_examples
-@given(batch=batches(), credit=credit_configs(), special=st.booleans())
+@given(batch=batches(), credit=credit_configs(strength=0.7), special=st.booleans())
 def test_random_contrasts_and_weights(backend, device, batch, credit, special):
     """The two functions of the credit stage on their own, base log-probs of -inf included."""
     base = batch.old_logps.clone()
@@ -209,9 +236,7 @@ def test_random_contrasts_and_weights(backend, device, batch, credit, special):
     )
     expected = oracles.weights(truth.float(), batch.role_ids, batch.completion_mask, credit, batch.advantages)
     assert_close_to_truth("weights", weights, expected, precision=torch.float32)
-    assert torch.equal(
-        srpo.token_advantages(on_device.advantages, weights), on_device.advantages[:, None] * weights
-    )
+    assert torch.equal(srpo.token_advantages(on_device.advantages, weights), on_device.advantages[:, None] * weights)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 33, 127, 128, 129, 1000, 4095, 4096, 4097, 8193, 16385])
@@ -224,6 +249,30 @@ def test_vocabulary_sizes_around_block_edges(backend, device, vocabulary):
 def test_vocabulary_sizes_of_real_models(backend, device, vocabulary):
     batch = make_batch(103, 1, 1, vocabulary=vocabulary, mask_style="full", role_style="none", dtype=torch.bfloat16)
     check_against_oracle(batch, backend, device, entry="logits")
+
+
+def test_many_rows_of_a_wide_vocabulary(backend, device):
+    """More rows than one chunk of the CPU path holds, masked ones in between."""
+    batch = make_batch(125, 2, 9, vocabulary=50_001, mask_style="holes", role_style="mixed")
+    check_against_oracle(
+        batch, backend, device, entry="logits", credit=CreditConfig(), loss=LossConfig(temperature=0.9)
+    )
+
+
+@pytest.mark.parametrize("importance_sampling_level", ["token", "sequence_token"])
+@pytest.mark.parametrize("normalize", ["mean", "solve"])
+@pytest.mark.parametrize("tokens", [1023, 1024, 1025, 2500])
+def test_long_trajectories(backend, device, tokens, normalize, importance_sampling_level):
+    """Around and far beyond the block of tokens that one program of the trajectory kernels holds."""
+    batch = make_batch(126, 1, tokens, mask_style="holes", role_style="spans")
+    batch = batch.replace(advantages=torch.tensor([-0.7]))
+    check_against_oracle(
+        batch,
+        backend,
+        device,
+        credit=CreditConfig(normalize=normalize, weight_min=0.5, weight_max=2.0),
+        loss=LossConfig(importance_sampling_level=importance_sampling_level, beta=0.05),
+    )
 
 
 def test_the_sampled_token_may_sit_anywhere(backend, device):
@@ -327,9 +376,32 @@ def test_live_contrasts(backend, device, signal, extra_row, on_policy):
         streams[f"{name}_logits"] = stream
     credit = CreditConfig(reasoning_signal=signal, weight_min=0.5, weight_max=2.0)
     out = check_against_oracle(
-        batch, backend, device, credit=credit, entry="logits", on_policy=on_policy, loss=LossConfig(temperature=0.8), **streams
+        batch,
+        backend,
+        device,
+        credit=credit,
+        entry="logits",
+        on_policy=on_policy,
+        loss=LossConfig(temperature=0.8),
+        **streams,
     )
     assert (out.weights[batch.valid.to(device)] != 1).any()
+
+
+def test_live_contrasts_in_other_dtypes_and_layouts(backend, device):
+    """The three streams need not look alike in memory."""
+    batch = make_batch(127, 2, 4, vocabulary=33, mask_style="holes", role_style="mixed")
+    generator = torch.Generator().manual_seed(4)
+    corrupted, ablated = (batch.logits.nan_to_num() + torch.randn(2, 4, 33, generator=generator) for _ in range(2))
+    check_against_oracle(
+        batch,
+        backend,
+        device,
+        credit=CreditConfig(weight_min=0.5, weight_max=2.0),
+        entry="logits",
+        corrupted_logits=corrupted.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        ablated_logits=ablated.to(torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1),
+    )
 
 
 def views_of_logits(logits: Tensor, layout: str) -> tuple[Tensor, Any]:
@@ -465,7 +537,9 @@ def test_packed_logits_equal_padded_logits(backend, device, loss_type, advantage
     )
     padded.loss.backward()
 
-    packed_leaf = torch.stack([batch.logits[kept], torch.full((6, 7), torch.nan, device=device)], dim=1).requires_grad_()
+    packed_leaf = torch.stack(
+        [batch.logits[kept], torch.full((6, 7), torch.nan, device=device)], dim=1
+    ).requires_grad_()
     packed = srpo.role_weighted_grpo_loss(
         packed_leaf[:, 0],
         batch.completion_ids[kept],
@@ -531,9 +605,13 @@ def test_the_output_of_a_call(backend, device):
     for value in (out.logps, out.weights, out.entropy):
         assert (value.shape, value.dtype, value.requires_grad) == ((2, 3), torch.float32, False)
         assert not value[~batch.valid].any()
-    assert {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"} <= set(out.metrics)
+    assert {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"} <= set(
+        out.metrics
+    )
     assert all(name.startswith("srpo/") or "/" not in name or name.startswith("clip_ratio/") for name in out.metrics)
-    assert all(isinstance(value, Tensor) and value.shape == () and not value.requires_grad for value in out.metrics.values())
+    assert all(
+        isinstance(value, Tensor) and value.shape == () and not value.requires_grad for value in out.metrics.values()
+    )
 
 
 def test_role_ids_none_is_exact_grpo(backend, device):
@@ -653,6 +731,73 @@ def test_selected_logps_and_entropy(backend, device, dtype, temperature):
     )
     assert isinstance(alone, Tensor)
     assert torch.equal(alone, out.logps)
+
+
+def test_selected_logps_of_packed_rows_and_of_one_more_position(backend, device):
+    batch = make_batch(128, 2, 4, vocabulary=33, mask_style="full").to(device)
+    expected = srpo.selected_logps(batch.logits, batch.completion_ids, backend=backend)
+    extra = torch.cat([batch.logits, torch.full((2, 1, 33), torch.nan, device=device)], dim=1)
+    assert torch.equal(srpo.selected_logps(extra, batch.completion_ids, backend=backend), expected)
+    packed = srpo.selected_logps(batch.logits.flatten(0, 1), batch.completion_ids.flatten(), backend=backend)
+    assert torch.equal(packed, expected.flatten())
+
+
+def test_given_contrasts_without_a_value_count_as_zero(backend, device):
+    """NaN is 0; an infinite contrast takes the bound, and the weights stay finite."""
+    roles = torch.tensor([[1, 1, 2, 2, 0]], dtype=torch.int8, device=device)
+    mask = torch.ones(1, 5, dtype=torch.long, device=device)
+    credit = CreditConfig(baseline="none", normalize="none")
+    contrast = torch.tensor([[torch.nan, 0.1, torch.inf, -torch.inf, torch.nan]], device=device)
+    weights = srpo.token_weights(contrast, roles, mask, credit=credit, backend=backend)
+    expected = torch.tensor([[1.0, torch.e**0.1, 1.2, 0.8, 1.0]])
+    torch.testing.assert_close(weights.cpu(), expected)
+
+
+@pytest.mark.parametrize("entry", ["logps", "logits"])
+def test_evaluation_without_gradient(backend, device, entry):
+    """Under no_grad, and with inputs that need no gradient, the value is the same and nothing is attached."""
+    batch = make_batch(129, 2, 4, vocabulary=7).to(device)
+    common = {"completion_mask": batch.completion_mask, "backend": backend, **batch.contrast_streams()}
+
+    def run(requires_grad):
+        if entry == "logits":
+            leaf = batch.logits.clone().requires_grad_(requires_grad)
+            return srpo.role_weighted_grpo_loss(leaf, batch.completion_ids, batch.advantages, **common).loss
+        leaf = batch.logps.clone().requires_grad_(requires_grad)
+        return srpo.role_weighted_grpo_loss_from_logps(leaf, batch.advantages, **common).loss
+
+    trained = run(requires_grad=True)
+    with torch.no_grad():
+        evaluated = run(requires_grad=True)
+    for value in (evaluated, run(requires_grad=False)):
+        assert not value.requires_grad
+        assert torch.equal(value, trained.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_call_never_waits_for_the_device(device, layout):
+    batch = make_batch(130, 2, 4, vocabulary=33, mask_style="full", role_style="mixed").to(device)
+    arguments = {
+        "advantages": batch.advantages,
+        "completion_mask": batch.completion_mask,
+        "old_logps": batch.old_logps,
+        **batch.contrast_streams(),
+    }
+    logits, ids = batch.logits, batch.completion_ids
+    if layout == "packed":
+        arguments = {k: v if v.dim() == 1 else v.flatten() for k, v in arguments.items()}
+        arguments["cu_seqlens"] = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+        logits, ids = logits.flatten(0, 1), ids.flatten()
+    logits.requires_grad_()
+    advantages = arguments.pop("advantages")
+    srpo.role_weighted_grpo_loss(logits, ids, advantages, **arguments).loss.backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        srpo.role_weighted_grpo_loss(logits, ids, advantages, **arguments).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_old_and_current_logps_of_one_model_have_equal_bits(backend, device):

@@ -61,9 +61,7 @@ class TrainerStub:
         self.epsilon_low, self.epsilon_high = config.epsilon_low, config.epsilon_high
         self.max_completion_length = config.max_completion_length
         self.use_vllm = use_vllm
-        self.args = types.SimpleNamespace(
-            delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1
-        )
+        self.args = types.SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1)
         self.model = types.SimpleNamespace(training=True)
         self.accelerator = types.SimpleNamespace(
             num_processes=1, gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor
@@ -158,9 +156,7 @@ def test_trl_loss_of_every_type(trl, backend, device, loss_type, beta, delta, wi
     ratio = batch.importance_sampling_ratio if with_ratio else None
     leaf = logits.clone().requires_grad_()
     peer_loss, peer_gradient, metrics = trl_loss(trl, leaf, batch, config, batch.advantages[:, None] * weights, ratio)
-    out, gradient = srpo_loss(
-        logits, batch, config, backend, weights=weights, importance_sampling_ratio=ratio
-    )
+    out, gradient = srpo_loss(logits, batch, config, backend, weights=weights, importance_sampling_ratio=ratio)
     assert_same(out.loss, gradient, peer_loss, peer_gradient)
     shared = {name for name in metrics if not name.endswith(("_min", "_max"))}
     assert {"entropy"} < shared

@@ -266,7 +266,9 @@ def test_p11_masked_columns_change_nothing(backend, device, batch, credit, loss)
 def pack(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
     """Concatenate the rows up to their last valid token (holes stay): packed batch, cu_seqlens, and where cells went."""
     columns = torch.arange(1, batch.role_ids.shape[1] + 1, device=batch.role_ids.device)
-    lengths = (columns * batch.valid).amax(dim=1) if columns.numel() else batch.advantages.new_zeros(len(batch.advantages))
+    lengths = (
+        (columns * batch.valid).amax(dim=1) if columns.numel() else batch.advantages.new_zeros(len(batch.advantages))
+    )
     kept = columns[None, :] <= lengths[:, None]
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
     packed = {
@@ -376,7 +378,11 @@ def test_p15_no_gradient_reaches_contrasts_or_weights(backend, device):
     assert logps.grad is not None
     assert logps.grad.any()
     assert all(tensor.grad is None or not tensor.grad.any() for tensor in (*inputs.values(), advantages))
-    assert [field for field in ("logps", "weights", "entropy") if getattr(out, field) is not None and getattr(out, field).requires_grad] == []
+    assert [
+        field
+        for field in ("logps", "weights", "entropy")
+        if getattr(out, field) is not None and getattr(out, field).requires_grad
+    ] == []
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
@@ -491,9 +497,7 @@ def test_p18_four_micro_batches_with_one_normaliser_equal_one_batch(
     values, gradients = [], []
     for row in range(4):
         part = batch.rows(slice(row, row + 1))
-        out, gradient = loss_of(
-            part, backend, loss, credit=credit, num_items_in_batch=total, **part.contrast_streams()
-        )
+        out, gradient = loss_of(part, backend, loss, credit=credit, num_items_in_batch=total, **part.contrast_streams())
         values.append(out.loss)
         gradients.append(gradient)
     assert_close(torch.stack(values).sum(), whole.loss)
@@ -594,7 +598,9 @@ def test_p19_empty_and_all_masked_batches_give_an_attached_zero(backend, device,
 
 def test_p19_zero_advantages_give_an_attached_zero(backend, device):
     batch = make_batch(12, 2, 4).to(device)
-    out, gradient = loss_of(batch.replace(advantages=torch.zeros(2, device=device)), backend, **batch.contrast_streams())
+    out, gradient = loss_of(
+        batch.replace(advantages=torch.zeros(2, device=device)), backend, **batch.contrast_streams()
+    )
     assert out.loss.item() == 0.0
     assert not gradient.any()
 

@@ -11,7 +11,7 @@ from tolerances import assert_close_to_truth
 
 from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
 from srpo.credit import settings_of
-from srpo_kernels import ops
+from srpo_kernels import ops, reference
 from srpo_kernels.device import clipped_surrogate
 from srpo_kernels.layout import Layout
 
@@ -137,7 +137,9 @@ def test_reference_loss_passes_gradcheck(loss_type, level):
             completion_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]]), loss=config, backend="torch",
         ).loss  # fmt: skip
 
-    if detaches:  # on-policy the ratio is exactly 1 whatever x is, so finite differences see only what is differentiated
+    if (
+        detaches
+    ):  # on-policy the ratio is exactly 1 whatever x is, so finite differences see only what is differentiated
         (gradient,) = torch.autograd.grad(run(logps), logps)
         assert gradient.isfinite().all()
         assert (gradient[0, 3:] == 0).all()
@@ -170,9 +172,7 @@ def test_coefficients_of_the_kernel_are_the_gradient_of_the_twin(loss_type, leve
 @triton.jit
 def _surrogate_kernel(ratio_ptr, advantage_ptr, value_ptr, slope_ptr, lowest, highest, delta, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    value, slope = clipped_surrogate(
-        tl.load(ratio_ptr + lanes), tl.load(advantage_ptr + lanes), lowest, highest, delta
-    )
+    value, slope = clipped_surrogate(tl.load(ratio_ptr + lanes), tl.load(advantage_ptr + lanes), lowest, highest, delta)
     tl.store(value_ptr + lanes, value)
     tl.store(slope_ptr + lanes, slope)
 
@@ -181,7 +181,9 @@ def _surrogate_kernel(ratio_ptr, advantage_ptr, value_ptr, slope_ptr, lowest, hi
 def test_trap_11_ties_follow_torch(delta, device):
     """At ratio 1, 1 +- eps and delta, min and clamp split the gradient as torch's do, not in halves of it."""
     grid = torch.tensor([0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 2.0, 1.0])  # exact in fp32, as are the bounds
-    ratio, advantage = (x.flatten().to(device) for x in torch.meshgrid(grid, torch.tensor([1.0, -1.0, 0.0, 2.0]), indexing="ij"))
+    ratio, advantage = (
+        x.flatten().to(device) for x in torch.meshgrid(grid, torch.tensor([1.0, -1.0, 0.0, 2.0]), indexing="ij")
+    )
     ratio.requires_grad_()
     free = ratio.clamp(max=delta) * advantage
     expected = torch.min(free, ratio.clamp(0.75, 1.25) * advantage)
@@ -190,3 +192,13 @@ def test_trap_11_ties_follow_torch(delta, device):
     _surrogate_kernel[(1,)](ratio.detach(), advantage, value, slope, 0.75, 1.25, delta, BLOCK=32)
     assert torch.equal(value, expected.detach())
     assert torch.equal(slope, expected_slope)
+
+
+def test_both_languages_use_the_same_constants():
+    from srpo_kernels import device as blocks
+    from srpo_kernels import token_credit
+
+    for name in ("RATIO_LOG_MAX", "K3_SERIES_BELOW", "K3_MAX"):
+        assert getattr(blocks, name).value == getattr(reference, name)
+    for name in ("SOLVE_STEPS", "AT_LOWER_BOUND", "AT_UPPER_BOUND", "NO_VALUE"):
+        assert getattr(token_credit, name).value == getattr(reference, name)

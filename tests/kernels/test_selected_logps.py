@@ -49,9 +49,7 @@ def test_trap_1_a_vocabulary_that_is_no_multiple_of_the_block(V, backend, device
     assert_close_to_truth("entropy", entropy, true_entropy, -(eager.exp() * eager).sum(-1), precision=torch.float32)
     logps.sum().backward()
     onehot = torch.nn.functional.one_hot(ids, V)
-    assert_close_to_truth(
-        "gradient", leaf.grad, onehot - torch.softmax(logits.double(), -1), precision=torch.float32
-    )
+    assert_close_to_truth("gradient", leaf.grad, onehot - torch.softmax(logits.double(), -1), precision=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -121,7 +119,9 @@ def test_trap_8_row_offsets_pass_two_to_the_31(backend, device):
 def test_trap_10_id_slices_may_start_anywhere(backend, device):
     logits, ids = peaked_logits(2, 5, 130, device=device)
     padded = torch.cat([torch.full((2, 3), -100, device=device), ids], 1)
-    assert torch.equal(selected_logps(logits, padded[:, 3:], backend=backend), selected_logps(logits, ids, backend=backend))
+    assert torch.equal(
+        selected_logps(logits, padded[:, 3:], backend=backend), selected_logps(logits, ids, backend=backend)
+    )
 
 
 def test_an_unvalidated_id_outside_the_vocabulary_forms_no_address(backend, device):
