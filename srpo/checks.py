@@ -246,7 +246,8 @@ def backend_of(call: Call, backend: str, dtype: torch.dtype) -> str:
         call.fail(ConfigError, "backend", repr(backend), "'auto', 'triton' or 'torch'", "pass backend='auto'")
     if backend == "torch" or (backend == "auto" and (call.device.type == "cpu" or dtype == torch.float64)):
         return "torch"
-    reason = launch.unavailable_reason(call.device)
+    # Dynamo cannot trace the search for a driver; a graph that is compiled for a GPU has Triton.
+    reason = None if torch.compiler.is_compiling() else launch.unavailable_reason(call.device.type)
     if reason is not None and backend == "triton":
         fix = "pass backend='auto', or set TRITON_INTERPRET=1 before importing srpo to run the kernels on a CPU"
         call.fail(KernelUnavailableError, "backend", "'triton'", f"a device with Triton ({reason})", fix)

@@ -227,7 +227,7 @@ def selected_logps(
         fix = "pass the temperature that the rollout was sampled with"
         call.fail(ConfigError, "temperature", repr(temperature), "a positive number", fix)
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
-    one = torch.tensor([0, completion_ids.numel()], device=logits.device) if packed else None
+    one = torch.arange(2, device=logits.device) * completion_ids.numel() if packed else None
     layout, valid, ids = _check_selection(call, logits, completion_ids, mask, one)
     chosen = checks.backend_of(call, backend, logits.dtype)
     logps, _, _, entropy = ops.row_statistics(
@@ -343,7 +343,9 @@ def _scale(loss: LossConfig, counts: Tensor, num_items_in_batch: Any) -> Tensor:
     if loss.loss_type == "dr_grpo":
         return torch.full_like(counts, 1.0 / (max(R, 1) * (loss.max_completion_length or 1)))
     items = counts.sum() if loss.loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
-    items = torch.as_tensor(items, dtype=counts.dtype, device=counts.device).reshape(())
+    if isinstance(items, Tensor):
+        items = items.reshape(())
+    items = counts.new_ones(()) * items  # to the device and dtype without a sync
     return torch.where(items > 0, 1.0 / items, 1.0).expand_as(counts)
 
 

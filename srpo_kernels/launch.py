@@ -4,6 +4,7 @@ The block size of a row depends on the vocabulary alone, never on the number of 
 depend on what else is in the batch.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -12,8 +13,8 @@ TOKENS_PER_BLOCK = 1024
 TOKEN_WARPS = 4
 
 
-def unavailable_reason(device: torch.device) -> str | None:
-    """Say why the Triton kernels cannot run on tensors of `device`, or return None when they can."""
+def unavailable_reason(device_type: str) -> str | None:
+    """Say why the Triton kernels cannot run on tensors of a device type, or return None when they can."""
     try:
         import triton
         from triton.runtime import driver
@@ -27,7 +28,12 @@ def unavailable_reason(device: torch.device) -> str | None:
         active = driver.active.get_active_torch_device().type
     except RuntimeError:
         return "Triton found no GPU driver, and its interpreter is off"
-    return None if active == device.type else f"Triton runs on {active!r} tensors here, not on {device.type!r}"
+    return None if active == device_type else f"Triton runs on {active!r} tensors here, not on {device_type!r}"
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` current: Triton launches on the current GPU, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def row_block(vocabulary: int) -> tuple[int, int]:

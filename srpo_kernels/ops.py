@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels import reference, row_chunks
+from srpo_kernels import launch, reference, row_chunks
 from srpo_kernels.layout import Layout
 
 
@@ -34,7 +34,8 @@ def _row_statistics(
     if backend == "triton":
         from srpo_kernels.selected_logps import row_statistics_fwd
 
-        return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
+        with launch.device_guard(logits.device):
+            return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
     results = [
         row_chunks.row_statistics(x, ids, row_mask[s], temperature, return_entropy and s == 0)
         for s, x in enumerate(streams)
@@ -130,7 +131,8 @@ def _write_gradient(out: Tensor, *arguments: Any) -> None:
     if backend == "triton":
         from srpo_kernels.selected_logps import logits_gradient_bwd
 
-        logits_gradient_bwd(out, *arguments)
+        with launch.device_guard(out.device):
+            logits_gradient_bwd(out, *arguments)
     else:
         row_chunks.logits_gradient(out, *arguments)
 
@@ -160,12 +162,13 @@ def _token_credit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from srpo_kernels.token_credit import token_credit_fwd
 
-    return token_credit_fwd(
-        contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories,
-        contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
-        weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
-        missing_role=missing_role, contrast_clamp=contrast_clamp,
-    )  # fmt: skip
+    with launch.device_guard(mask.device):
+        return token_credit_fwd(
+            contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories,
+            contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
+            weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
+            missing_role=missing_role, contrast_clamp=contrast_clamp,
+        )  # fmt: skip
 
 
 @_token_credit.register_fake
@@ -195,11 +198,12 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from srpo_kernels.policy_loss import policy_loss_fwd
 
-    return policy_loss_fwd(
-        logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens,
-        loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        importance_sampling_level=importance_sampling_level,
-    )  # fmt: skip
+    with launch.device_guard(logps.device):
+        return policy_loss_fwd(
+            logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens,
+            loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
+            importance_sampling_level=importance_sampling_level,
+        )  # fmt: skip
 
 
 @_policy_loss.register_fake

@@ -109,9 +109,11 @@ def _for_each_chunk(work: Callable[[int, Rows, Tensor], None], mask: Tensor, log
     if min(threads, len(chunks)) <= 1:
         run(chunks)
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(run, (chunks[k::threads] for k in range(threads))))
-    torch.set_num_threads(threads)  # the workers' 1 is theirs alone, but it is also what later threads would start with
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(run, (chunks[k::threads] for k in range(threads))))
+    finally:
+        torch.set_num_threads(threads)  # the workers' 1 is theirs alone, yet threads born later would start with it
 
 
 def _chunks(mask: Tensor, size: int) -> Iterator[tuple[int, Rows]]:

@@ -23,7 +23,7 @@ LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo"]
 
 
 def loss_config(loss_type: str, **settings) -> LossConfig:
-    defaults = {"max_completion_length": 11, "epsilon_high": 2.0 if loss_type == "cispo" else 0.28}
+    defaults = {"max_completion_length": 11, "epsilon_high": 1.1 if loss_type == "cispo" else 0.28}
     return LossConfig(**{"loss_type": loss_type, **defaults, **settings})
 
 

@@ -134,7 +134,7 @@ def config_for(loss_type: str, *, beta: float, delta: float | None) -> LossConfi
         beta=beta,
         delta=None if loss_type == "cispo" else delta,
         epsilon_low=0.1,
-        epsilon_high=1.5 if loss_type == "cispo" else 0.28,
+        epsilon_high=1.1 if loss_type == "cispo" else 0.28,
         temperature=TEMPERATURE,
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
