@@ -1,207 +1,290 @@
-"""SRPO updates of a small vision-language model: what `python -m srpo demo` runs.
+"""What `python -m srpo demo` runs: SRPO updates of a small vision-language model, and a look at who got the credit.
 
-A real architecture (Idefics3 or Qwen2.5-VL, a few hundred thousand parameters, built from a config) learns to add two digits
-in scikit-learn's pictures. A supervised warm start teaches it the perception / think / answer format, then every step samples
-rollouts, scores their three streams and updates the policy with `role_weighted_grpo_loss`. Nothing is downloaded.
+Each step samples rollouts, parses their roles, scores the three streams without a gradient and updates the policy with
+`role_weighted_grpo_loss`. Every number that is printed was computed by that run.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from sklearn.datasets import load_digits
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 import srpo
-
-IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # pixels, pixels per patch, patches per side of an image token
-IMAGE_TOKENS = (IMAGE_SIZE // (PATCH * MERGE)) ** 2
-SPECIAL = ["<pad>", "<eos>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|video|>", "<|user|>", "<|assistant|>"]
-PROMPT = f"<|user|><|vision_start|>{'<image>' * IMAGE_TOKENS}<|vision_end|> what is the sum ?<|assistant|>"
-RESPONSE = (
-    "<perception> the left digit is {left} and the right digit is {right} </perception>"
-    " <think> {left} plus {right} makes {total} </think> <answer> {total} </answer>"
+from srpo import Role
+from srpo.demo_task import (
+    Completions,
+    Example,
+    TinyVLM,
+    build_tiny_vlm,
+    completion_logits,
+    draw_examples,
+    mask_image_cells,
+    model_inputs,
+    sample,
+    warm_start,
+    with_completions,
 )
-HELD_OUT = 400  # rollouts use the last digits of the data set, the warm start the others
-WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_LR = 120, 32, 3e-3
-PROMPTS, ROLLOUTS, POLICY_LR = 8, 8, 2e-4
+
+WARM_START_STEPS = 200  # at most
+PROMPTS, ROLLOUTS = 8, 8
+LEARNING_RATE = 3e-4
 MASK_PROBABILITY = 0.6
-ROLE_STYLE = {srpo.Role.OTHER: "dim", srpo.Role.PERCEPTION: "cyan", srpo.Role.REASONING: "magenta"}
+ROLE_STYLES = {Role.OTHER: "dim", Role.PERCEPTION: "cyan", Role.REASONING: "magenta"}
+STEPS_LEGEND = (
+    "[dim]perception, reasoning: mean contrast of these tokens in nats. weights: smallest and largest. The loss is "
+    "near 0 because the advantages of a group sum to 0 and weights average 1; its gradient (grad: norm) is not.[/]"
+)
+TOKENS_LEGEND = (
+    "[dim]contrast: nats that a token loses when parts of the image are masked (perception) or the perception is "
+    "hidden (reasoning). weight: positive, mean 1 over perception and reasoning; it multiplies the advantage, so "
+    "sizes change, signs and reward do not.[/]"
+)
 
 
-class TinyVLM(NamedTuple):
-    """A vision-language model with random weights, its tokenizer and its image processor."""
+class Streams(NamedTuple):
+    """Log-probs `[B, T]` of the same completions in the three contexts, scored without a gradient."""
 
-    family: str
-    model: Any
-    tokenizer: Any
-    image_processor: Any
-
-
-class Example(NamedTuple):
-    """A picture of two digits and the digits themselves."""
-
-    image: Image.Image
-    left: int
-    right: int
-
-    @property
-    def response(self) -> str:
-        return RESPONSE.format(left=self.left, right=self.right, total=self.left + self.right)
+    logps: Tensor
+    corrupted_logps: Tensor
+    ablated_logps: Tensor
 
 
-class Rollouts(NamedTuple):
-    """Sampled completions and what the loss needs: model inputs of prompt and completion, ids and mask `[B, T]`."""
-
-    inputs: dict[str, Tensor]
-    completion_ids: Tensor
-    completion_mask: Tensor
-    texts: list[str]
-
-
-class StepReport(NamedTuple):
-    """What one update computed."""
+class Step(NamedTuple):
+    """What one update computed, per rollout."""
 
     examples: list[Example]
-    rollouts: Rollouts
+    completions: Completions
     roles: srpo.RoleParse
     rewards: Tensor
-    contrast: Tensor
     advantages: Tensor
+    contrast: Tensor
     output: srpo.LossOutput
     gradient_norm: float
     seconds: float
 
 
-# ---- model ----
+def run(family: str, steps: int, seed: int) -> None:
+    """Warm a model up, update it `steps` times with SRPO, and print what happened."""
+    start = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # the model is tiny: on a busy machine two threads mostly wait for each other
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    console = Console(highlight=False)
+    vlm = build_tiny_vlm(family)
+    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    _print_header(console, vlm)
+    _warm_start(console, vlm, generator)
+    history = _update(console, vlm, generator, steps)
+    print_report(console, vlm, history)
+    seconds, peak = time.perf_counter() - start, _peak_memory_mib()
+    console.print(f"[bold]{seconds:.1f} s[/] after imports, peak memory [bold]{peak:,.0f} MiB[/]")
 
 
-def build_tokenizer() -> Any:
-    """Build a word-level tokenizer whose pieces carry their leading space, with the words of the task."""
-    words = f"{RESPONSE} what sum ?".replace(" ", "\n ").split("\n")
-    numbers = [f" {number}" for number in range(19)]
-    vocabulary = dict.fromkeys([*SPECIAL, *numbers, *(word for word in words if "{" not in word)])
-    tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(vocabulary)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?</?\w+>| ?\w+| ?[^\w\s]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=SPECIAL[2:]
+def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Step:
+    """Sample rollouts, assign token credit and update the policy once."""
+    start = time.perf_counter()
+    examples = [example for example in draw_examples(PROMPTS, generator, held_out=True) for _ in range(ROLLOUTS)]
+    prompts = model_inputs(vlm, examples)
+    completions = sample(vlm, prompts)
+    inputs = with_completions(vlm, prompts, completions.ids, completions.mask)
+
+    answered = [example.is_answered_by(text) for example, text in zip(examples, completions.texts, strict=True)]
+    rewards = torch.tensor(answered, dtype=torch.float32, device=completions.ids.device)
+    groups = torch.arange(PROMPTS, device=rewards.device).repeat_interleave(ROLLOUTS)
+    advantages = srpo.group_advantages(rewards, groups)
+
+    roles = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask)
+    streams = score_streams(vlm, inputs, completions, roles.role_ids, generator)
+    output = srpo.role_weighted_grpo_loss(
+        completion_logits(vlm, inputs, completions.ids.shape[1]),
+        completions.ids,
+        advantages,
+        role_ids=roles.role_ids,
+        completion_mask=completions.mask,
+        old_logps=streams.logps,
+        corrupted_logps=streams.corrupted_logps,
+        ablated_logps=streams.ablated_logps,
     )
+    optimizer.zero_grad()
+    output.loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
+    optimizer.step()
+
+    contrast = srpo.role_contrast(
+        streams.logps,
+        corrupted_logps=streams.corrupted_logps,
+        ablated_logps=streams.ablated_logps,
+        role_ids=roles.role_ids,
+        completion_mask=completions.mask,
+    )
+    seconds = time.perf_counter() - start
+    return Step(examples, completions, roles, rewards, advantages, contrast, output, norm.item(), seconds)
 
 
-def build_tiny_vlm(family: str) -> TinyVLM:
-    """Build a model of a family from a config. Seed torch before; weights are random.
+@torch.no_grad()
+def score_streams(
+    vlm: TinyVLM, inputs: dict[str, Tensor], completions: Completions, role_ids: Tensor, generator: torch.Generator
+) -> Streams:
+    """Score completions as they are, with image cells masked, and with the perception span hidden.
 
-    Args:
-        family: `"idefics3"` or `"qwen25vl"`.
+    All three use the position ids of the full sequence, which are part of `inputs`.
     """
-    tokenizer = build_tokenizer()
-    model, image_processor = FAMILIES[family](tokenizer)
-    return TinyVLM(family, model, tokenizer, image_processor)
-
-
-def _text_settings(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.1,  # 1 / sqrt(hidden_size): the usual 0.02 makes a narrow model learn slowly
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": False,
-    }
-
-
-def _idefics3(tokenizer: Any) -> tuple[Any, Any]:
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH,
-        "initializer_range": 0.1,
-    }
-    config = transformers.Idefics3Config(
-        vision_config=vision,
-        text_config=transformers.LlamaConfig(**_text_settings(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=MERGE,
-        pad_token_id=tokenizer.pad_token_id,
+    length = completions.ids.shape[1]
+    visible = inputs["attention_mask"].clone()
+    visible[:, -length:] *= role_ids != Role.PERCEPTION
+    contexts = (
+        inputs,
+        mask_image_cells(vlm, inputs, generator, MASK_PROBABILITY),
+        inputs | {"attention_mask": visible},
     )
-    edge = {"longest_edge": IMAGE_SIZE}
-    processor = transformers.Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
-    return transformers.Idefics3ForConditionalGeneration(config), processor
-
-
-def _qwen25vl(tokenizer: Any) -> tuple[Any, Any]:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 96,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "window_size": IMAGE_SIZE,
-        "fullatt_block_indexes": [1],
-        "initializer_range": 0.1,
-    }
-    rope = {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0}
-    ids = tokenizer.convert_tokens_to_ids
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config={"rope_parameters": rope, **_text_settings(tokenizer)},
-        image_token_id=ids("<image>"),
-        video_token_id=ids("<|video|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
-    area = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
-    processor = transformers.Qwen2VLImageProcessorPil(
-        patch_size=PATCH, temporal_patch_size=2, merge_size=MERGE, size=area
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
-
-
-FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {"idefics3": _idefics3, "qwen25vl": _qwen25vl}
-
-
-# ---- task ----
-
-
-def draw_examples(n: int, generator: torch.Generator, *, held_out: bool) -> list[Example]:
-    """Draw pictures of two digits side by side."""
-    digits = load_digits()
-    split = len(digits.target) - HELD_OUT
-    low, high = (split, len(digits.target)) if held_out else (0, split)
-    pairs = torch.randint(low, high, (n, 2), generator=generator).tolist()
-    halves = digits.images.repeat(4, axis=1).repeat(2, axis=2) * (255 / 16)
-    return [
-        Example(
-            Image.fromarray(np.concatenate([halves[left], halves[right]], axis=1).astype(np.uint8)).convert("RGB"),
-            int(digits.target[left]),
-            int(digits.target[right]),
-        )
-        for left, right in pairs
+    scored: list[Any] = [
+        srpo.selected_logps(completion_logits(vlm, context, length), completions.ids, mask=completions.mask)
+        for context in contexts
     ]
+    return Streams(*scored)
+
+
+def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
+    losses: list[float] = []
+    with _progress(console) as progress:
+        task = progress.add_task("warm start", total=WARM_START_STEPS)
+        for loss in warm_start(vlm, generator, WARM_START_STEPS):
+            losses.append(loss)
+            progress.update(task, advance=1, description=f"warm start, loss {losses[0]:.2f} to {loss:.3f}")
+        progress.update(task, total=len(losses))
+
+
+def _update(console: Console, vlm: TinyVLM, generator: torch.Generator, steps: int) -> list[Step]:
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=LEARNING_RATE)
+    history: list[Step] = []
+    with _progress(console) as progress:
+        for _ in progress.track(range(steps), description="SRPO updates"):
+            history.append(srpo_step(vlm, optimizer, generator))
+    return history
+
+
+def _progress(console: Console) -> Progress:
+    description = TextColumn("{task.description:<32}")
+    return Progress(description, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+
+
+# ---- what is printed ----
+
+
+def _print_header(console: Console, vlm: TinyVLM) -> None:
+    parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
+    rows = {
+        "model": f"{vlm.model.config.model_type}, {parameters:,} parameters, built from a config, no download",
+        "task": "two scikit-learn digits in a picture: what is the sum ?",
+        "rollouts": f"{PROMPTS} pictures x {ROLLOUTS} samples a step, reward 1 for the right answer",
+        "device": f"{vlm.model.device.type}, torch {torch.__version__}",
+    }
+    console.rule("[bold]srpo demo[/]: role-aware token credit", align="left")
+    for name, value in rows.items():
+        console.print(f"[bold]{name:<10}[/]{value}")
+    console.print()
+
+
+def print_report(console: Console, vlm: TinyVLM, history: list[Step]) -> None:
+    """Print a line for each step, and the tokens of one rollout of the last step."""
+    row = _row_to_show(history[-1])
+    console.print(_steps_table(history), STEPS_LEGEND, "", _rollout_card(history[-1], row), sep="\n")
+    console.print(_token_table(vlm, history[-1], row), TOKENS_LEGEND, "", sep="\n")
+
+
+def _steps_table(history: list[Step]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for heading in ("step", "reward", "parsed", "loss", "grad", "weights"):
+        table.add_column(heading, justify="right")
+    for role in (Role.PERCEPTION, Role.REASONING):
+        table.add_column(role.name.lower(), justify="right", style=ROLE_STYLES[role])
+    table.add_column("time", justify="right")
+    for number, step in enumerate(history, start=1):
+        role_ids, weights = step.roles.role_ids, step.output.weights
+        credited = weights[(role_ids != Role.OTHER) & step.roles.parsed[:, None]]
+        table.add_row(
+            str(number),
+            f"{step.rewards.mean():.2f}",
+            f"{step.roles.parsed.float().mean():.0%}",
+            f"{step.output.loss:+.4f}",
+            f"{step.gradient_norm:.3f}",
+            f"{credited.min():.2f}-{credited.max():.2f}" if credited.numel() else "none",
+            *(_signed(step.contrast[role_ids == role].mean()) for role in (Role.PERCEPTION, Role.REASONING)),
+            f"{step.seconds:.1f} s",
+        )
+    return table
+
+
+def _row_to_show(step: Step) -> int:
+    """Choose the well-formed rollout with the largest advantage."""
+    well_formed = step.roles.parsed & ~step.roles.unclosed
+    return int(torch.where(well_formed, step.advantages, -torch.inf).argmax())
+
+
+def _rollout_card(step: Step, row: int) -> Table:
+    example = step.examples[row]
+    facts = Text.assemble(
+        ("One rollout of the last step\n\n", "bold"),
+        f"what is the sum ?  {example.left} + {example.right}\n\n",
+        f"reward     {step.rewards[row]:.0f}\n",
+        f"advantage  {step.advantages[row]:+.3f}\n",
+        ("           GRPO gives it to every token", "dim"),
+    )
+    card = Table.grid(padding=(0, 4, 0, 0))
+    card.add_row(_picture(example), facts)
+    return card
+
+
+def _picture(example: Example) -> Text:
+    """Draw the picture with one pair of characters for each pixel of the original digits."""
+    pixels = np.asarray(example.image.convert("L").resize((16, 8)))
+    shades = " ░▒▓█"
+    lines = ["".join(2 * shades[int(value) * len(shades) // 256] for value in row) for row in pixels]
+    return Text("\n".join(lines))
+
+
+def _token_table(vlm: TinyVLM, step: Step, row: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("token")
+    table.add_column("role")
+    for heading in ("contrast", "weight", "advantage"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    token_advantages = srpo.token_advantages(step.advantages, step.output.weights)
+    for column in range(int(step.completions.mask[row].sum())):
+        role = Role(int(step.roles.role_ids[row, column]))
+        weight = float(step.output.weights[row, column])
+        credited = role is not Role.OTHER
+        table.add_row(
+            Text(vlm.tokenizer.decode([int(step.completions.ids[row, column])]).strip()),
+            role.name.lower() if credited else "",
+            _signed(step.contrast[row, column]) if credited else "",
+            f"{weight:.2f}",
+            f"{token_advantages[row, column]:+.3f}",
+            "━" * round(10 * weight) if credited else "",
+            style=ROLE_STYLES[role],
+        )
+    return table
+
+
+def _signed(value: Tensor) -> str:
+    return f"{round(float(value), 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"
+
+
+def _peak_memory_mib() -> float:
+    """Return the largest resident memory of this process so far, libraries included."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -5,6 +5,7 @@ Nothing is downloaded. A supervised warm start teaches the response format, so t
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from sklearn.datasets import load_digits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+# From its module: transformers 5.17 hides this class behind torchvision, which it does not use.
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
 IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # pixels, pixels per patch, patches per side of an image token
 IMAGE_TOKENS = (IMAGE_SIZE // (PATCH * MERGE)) ** 2
 HIDDEN_SIZE = 96
@@ -27,7 +31,7 @@ RESPONSE = (
     " <think> {left} plus {right} makes {total} </think> <answer> {total} </answer><eos>"
 )
 HELD_OUT = 400  # rollouts use the last pictures of the data set, the warm start the others
-WARM_START_LR = 3e-3
+WARM_START_LR = 6e-3
 MAX_COMPLETION_LENGTH = 30
 
 
@@ -52,7 +56,8 @@ class Example(NamedTuple):
         return RESPONSE.format(left=self.left, right=self.right, total=self.left + self.right)
 
     def is_answered_by(self, text: str) -> bool:
-        return text.rpartition("<answer>")[2].partition("</answer>")[0].strip() == str(self.left + self.right)
+        answers = re.findall(r"<answer>(.*?)</answer>", text)
+        return bool(answers) and answers[-1].strip() == str(self.left + self.right)
 
 
 class Completions(NamedTuple):
@@ -89,8 +94,9 @@ def build_tiny_vlm(family: str) -> TinyVLM:
     return TinyVLM(family, model, tokenizer, image_processor)
 
 
-def _text_settings(tokenizer: Any) -> dict[str, Any]:
+def _text_settings(tokenizer: Any, **rope: Any) -> dict[str, Any]:
     return {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, **rope},  # short sequences
         "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN_SIZE,
         "intermediate_size": 2 * HIDDEN_SIZE,
@@ -98,7 +104,7 @@ def _text_settings(tokenizer: Any) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
-        "initializer_range": 0.1,  # about 1 / sqrt(hidden_size): with 0.02 so narrow a model learns slowly
+        "initializer_range": 0.06,  # with the usual 0.02 so narrow a model learns slowly
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -121,10 +127,9 @@ def _idefics3(tokenizer: Any) -> tuple[Any, Any]:
         text_config=transformers.LlamaConfig(**_text_settings(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=MERGE,
-        pad_token_id=tokenizer.pad_token_id,
     )
     edge = {"longest_edge": IMAGE_SIZE}
-    processor = transformers.Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    processor = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_resize=False, do_image_splitting=False)
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
@@ -142,11 +147,10 @@ def _qwen25vl(tokenizer: Any) -> tuple[Any, Any]:
         "fullatt_block_indexes": [1],
         "initializer_range": 0.1,
     }
-    rope = {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0}
     ids = tokenizer.convert_tokens_to_ids
     config = transformers.Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config={"rope_parameters": rope, **_text_settings(tokenizer)},
+        text_config=_text_settings(tokenizer, mrope_section=[4, 4, 4]),
         image_token_id=ids("<image>"),
         video_token_id=ids("<|video|>"),
         vision_start_token_id=ids("<|vision_start|>"),
@@ -216,10 +220,16 @@ def completion_logits(vlm: TinyVLM, inputs: dict[str, Tensor], length: int) -> T
     return vlm.model(**inputs, logits_to_keep=length + 1).logits
 
 
-def warm_start(vlm: TinyVLM, generator: torch.Generator, steps: int, batch_size: int = 32) -> Iterator[float]:
-    """Train on templated responses, and yield the loss of each step."""
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=WARM_START_LR)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START_LR, total_steps=steps, pct_start=0.1)
+def warm_start(
+    vlm: TinyVLM, generator: torch.Generator, steps: int, *, batch_size: int = 32, enough: float = 0.035
+) -> Iterator[float]:
+    """Train on templated responses, and yield the loss of each step; stop when ten of them average below `enough`.
+
+    At the default about half of the sampled answers are right, so the rollouts of one prompt differ in reward.
+    """
+    recent: deque[float] = deque(maxlen=10)
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.97))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps))
     for _ in range(steps):
         examples = draw_examples(batch_size, generator, held_out=False)
         ids = torch.tensor(vlm.tokenizer([example.response for example in examples])["input_ids"])
@@ -231,7 +241,10 @@ def warm_start(vlm: TinyVLM, generator: torch.Generator, steps: int, batch_size:
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield loss.item()
+        recent.append(loss.item())
+        yield recent[-1]
+        if len(recent) == 10 and sum(recent) / 10 < enough:
+            return
 
 
 @torch.no_grad()
@@ -244,6 +257,7 @@ def sample(vlm: TinyVLM, inputs: dict[str, Tensor]) -> Completions:
         top_k=0,
         top_p=1.0,
         max_new_tokens=MAX_COMPLETION_LENGTH,
+        suppress_tokens=[index for index in range(len(SPECIAL)) if index != eos],  # no second <image> in a response
         eos_token_id=eos,
         pad_token_id=vlm.tokenizer.pad_token_id,
     )
@@ -257,15 +271,18 @@ def sample(vlm: TinyVLM, inputs: dict[str, Tensor]) -> Completions:
 def mask_image_cells(
     vlm: TinyVLM, inputs: dict[str, Tensor], generator: torch.Generator, probability: float
 ) -> dict[str, Tensor]:
-    """Grey out random cells, each the pixels of one image token; ids, grids and positions stay as they are.
+    """Black out random cells, each the pixels of one image token; ids, grids and positions stay as they are.
 
-    The pixel values are normalised, so 0 is the mean colour.
+    Black and not 0, the mean colour of normalised pixels: Idefics3 takes a picture of zeros for padding and drops it.
     """
-    pixels = inputs["pixel_values"]
+    pixels, processor = inputs["pixel_values"], vlm.image_processor
+    black = -torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)
     side = IMAGE_SIZE // (PATCH * MERGE)
     keep = torch.rand(len(inputs["input_ids"]), side, side, generator=generator) >= probability
-    if vlm.family == "qwen25vl":  # [patches, values], the patches of one image token next to each other
-        kept = keep.flatten().repeat_interleave(MERGE**2)[:, None]
+    if vlm.family == "qwen25vl":  # [patches, values], channel by channel; the patches of an image token are adjacent
+        keep = keep.flatten().repeat_interleave(MERGE**2)[:, None]
+        black = black.repeat_interleave(pixels.shape[1] // 3)
     else:  # [B, 1, 3, height, width]
-        kept = keep.repeat_interleave(PATCH * MERGE, dim=1).repeat_interleave(PATCH * MERGE, dim=2)[:, None, None]
-    return inputs | {"pixel_values": pixels * kept.to(pixels)}
+        keep = keep.repeat_interleave(PATCH * MERGE, dim=1).repeat_interleave(PATCH * MERGE, dim=2)[:, None, None]
+        black = black[:, None, None]
+    return inputs | {"pixel_values": torch.where(keep.to(pixels.device), pixels, black.to(pixels))}

@@ -1,8 +1,8 @@
 """Slow, obvious oracles written from the equations of the method, token by token, in float64.
 
 They share nothing with the library: plain Python floats for the credit stage, `torch.log_softmax` and autograd for the
-loss. `log_probs` and `loss` compute in the dtype of their input, so the same lines give the truth (float64) and the eager
-result of a tested dtype. Layout is padded: tensors are [B, T] or [B, T, V].
+loss. `log_probs` and `loss` compute in the dtype of their input, so the same lines give the truth (float64) and the
+eager result of a tested dtype. Layout is padded: tensors are [B, T] or [B, T, V].
 """
 
 from __future__ import annotations

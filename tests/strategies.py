@@ -1,7 +1,7 @@
 """Random ragged batches: `make_batch` from a seed, and hypothesis strategies that choose its arguments.
 
-Values come from a seeded torch generator (fast), shapes and styles from hypothesis (shrinkable). Cells that must never be
-read (masked ones) hold NaN, and -100 or far too large token ids.
+Values come from a seeded torch generator (fast), shapes and styles from hypothesis (shrinkable). Masked cells, which
+must never be read, hold NaN, and -100 or far too large token ids.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import oracles
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracles
 from srpo import ConfigWarning, CreditConfig, LossConfig
 
 MASK_STYLES = ("full", "ragged", "holes", "empty_rows", "all_masked")

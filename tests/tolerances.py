@@ -1,8 +1,8 @@
 """The one table of tolerances and the one comparison.
 
-Rule: |got - truth| <= |eager - truth| + floor, element by element, with floor = absolute + relative * |truth|. `truth` is
-float64, `eager` the plain computation in the tested precision. bf16 and fp16 floors are half a unit in the last place of
-the stored result: everything before the final rounding is fp32.
+Rule: |got - truth| <= |eager - truth| + floor, element by element, with floor = absolute + relative * |truth|. `truth`
+is float64, `eager` the plain computation in the tested precision. bf16 and fp16 floors are half a unit in the last place
+of the stored result: everything before the final rounding is fp32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def assert_close_to_truth(
     excess = torch.where(met, 0.0, ((got - truth).abs() / allowed).nan_to_num(torch.inf, torch.inf, torch.inf))
     index = tuple(int(k) for k in torch.unravel_index(excess.argmax(), excess.shape)) if excess.dim() else ()
     raise AssertionError(
-        f"{label}: {int((~met).sum())} of {met.numel()} elements differ; worst at {index}: got {got[index].item():.9g}, "
-        f"truth {truth[index].item():.9g}, "
+        f"{label}: {int((~met).sum())} of {met.numel()} elements differ; worst at {index}: "
+        f"got {got[index].item():.9g}, truth {truth[index].item():.9g}, "
         + ("" if eager is None else f"eager {eager.detach().double().cpu()[index].item():.9g}, ")
         + f"allowed error {allowed[index].item():.3g}"
     )

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from strategies import make_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,6 @@ from srpo import (
     ShapeError,
     SRPOError,
 )
-from strategies import make_batch
 
 B, T, V = 2, 3, 7
 NAN, INF = float("nan"), float("inf")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from strategies import make_credit
 from tolerances import assert_close_to_truth
 
 import srpo
 from srpo import CreditConfig, LossConfig
-from strategies import make_credit
 
 NAN = float("nan")
 

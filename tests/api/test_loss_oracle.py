@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import Batch, batches, credit_configs, loss_configs, make_batch
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
 import srpo
 from srpo import ConfigError, CreditConfig, LossConfig
-from strategies import Batch, batches, credit_configs, loss_configs, make_batch
 
 # These few tests carry most of the comparison, and their examples are cheap.
 many_examples = settings(max_examples=4 * settings().max_examples)
@@ -253,10 +253,45 @@ def test_vocabulary_sizes_of_real_models(backend, device, vocabulary):
 
 def test_many_rows_of_a_wide_vocabulary(backend, device):
     """More rows than one chunk of the CPU path holds, masked ones in between."""
-    batch = make_batch(125, 2, 9, vocabulary=50_001, mask_style="holes", role_style="mixed")
+    batch = make_batch(125, 1, 20, vocabulary=60_001, mask_style="holes", role_style="mixed")
     check_against_oracle(
         batch, backend, device, entry="logits", credit=CreditConfig(), loss=LossConfig(temperature=0.9)
     )
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(request, dtype):
+    """The CPU path hands chunks of rows to threads; order and results do not depend on how many there are."""
+    batch = make_batch(133, 2, 20, vocabulary=60_001, mask_style="holes", role_style="mixed", dtype=dtype)
+
+    def run():
+        leaf = batch.logits.clone().requires_grad_()
+        out = srpo.role_weighted_grpo_loss(
+            leaf,
+            batch.completion_ids,
+            batch.advantages,
+            completion_mask=batch.completion_mask,
+            old_logps=batch.old_logps,
+            backend="torch",
+            **batch.contrast_streams(),
+        )
+        out.loss.backward()
+        return out.loss.detach(), out.logps, out.entropy, leaf.grad
+
+    one = run()
+    request.getfixturevalue("two_threads")
+    two = run()
+    assert torch.get_num_threads() == 2
+    for got, expected in zip(two, one, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("importance_sampling_level", ["token", "sequence_token"])

@@ -1,6 +1,6 @@
 """Parity with implementations nobody here wrote: TRL's released trainer loss and Liger's fused kernel.
 
-Role weights enter both without a change to them: TRL accepts per-token advantages, so `A * w` goes in there, and Liger's
+Role weights enter both without a change to them: TRL accepts per-token advantages, so `A * w` goes in there; Liger's
 `vllm_is_ratio` multiplies the policy term, so `w` goes in there.
 """
 
@@ -13,11 +13,11 @@ from collections import defaultdict
 import oracles
 import pytest
 import torch
+from strategies import Batch, make_batch
 from torch import Tensor
 
 import srpo
 from srpo import LossConfig
-from strategies import Batch, make_batch
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 MAX_COMPLETION_LENGTH = 9
@@ -45,7 +45,7 @@ def triton_grpo_loss():
 
 
 class TrainerStub:
-    """What `GRPOTrainer._compute_loss` reads of its trainer: one process, one micro-batch, logits instead of a model."""
+    """What `GRPOTrainer._compute_loss` reads of its trainer: one process, one micro-batch, logits for a model."""
 
     aux_loss_enabled = False
     top_entropy_quantile = 1.0

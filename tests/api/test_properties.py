@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import Batch, batches, credit_configs, loss_configs, make_batch, make_credit
 from torch import Tensor
 
 import srpo
-from srpo import CreditConfig, LossConfig, PRESETS
-from strategies import Batch, batches, credit_configs, loss_configs, make_batch, make_credit
+from srpo import PRESETS, CreditConfig, LossConfig
 
 # Enough rows and tokens for both roles to meet; small enough for the interpreter.
 dense_batches = batches(min_rows=1, min_tokens=2, contrast_styles=("plain", "special"))
@@ -264,7 +264,7 @@ def test_p11_masked_columns_change_nothing(backend, device, batch, credit, loss)
 
 
 def pack(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
-    """Concatenate the rows up to their last valid token (holes stay): packed batch, cu_seqlens, and where cells went."""
+    """Concatenate the rows up to their last valid token (holes stay): packed batch, cu_seqlens, and the cells kept."""
     columns = torch.arange(1, batch.role_ids.shape[1] + 1, device=batch.role_ids.device)
     lengths = (
         (columns * batch.valid).amax(dim=1) if columns.numel() else batch.advantages.new_zeros(len(batch.advantages))

@@ -1,0 +1,176 @@
+"""The public calls whose kernels are compiled. A kernel that no case launches fails `test_every_kernel_has_a_case`.
+
+To register a kernel, add a case that reaches it through a public function.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss, selected_logps
+
+QWEN_VOCABULARIES = (151936, 152064)  # their rows start on 16-element boundaries
+ODD_VOCABULARY = 151665
+
+
+@dataclass(frozen=True)
+class Case:
+    """A public call, and whether its rows are aligned and streamed in 16-bit elements: 128-bit accesses are due."""
+
+    run: Callable[[], None]
+    streams: str | None = None  # "bf16" or "f16"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one call; `offset` moves ids, roles and masks off every alignment."""
+
+    B: int = 2
+    T: int = 5
+    V: int = QWEN_VOCABULARIES[0]
+    dtype: torch.dtype = torch.bfloat16
+    extra_row: bool = True
+    offset: int = 0
+    packed: bool = False
+    settings: dict = field(default_factory=dict)  # of LossConfig
+
+    def tokens(self, dtype: torch.dtype, value: float = 0) -> Tensor:
+        """Return a vector of tokens that starts `offset` elements into its memory."""
+        n = self.B * self.T
+        flat = torch.full((n + self.offset,), value, dtype=dtype)[self.offset :]
+        return flat if self.packed else flat.view(self.B, self.T)
+
+    def logits(self) -> Tensor:
+        """Return logits that nothing has touched: no kernel runs."""
+        rows = (self.B * self.T,) if self.packed else (self.B, self.T + self.extra_row)
+        return torch.empty(*rows, self.V, dtype=self.dtype)
+
+    def packing(self) -> dict[str, Tensor]:
+        """Return `cu_seqlens` when packed."""
+        return {"cu_seqlens": torch.arange(self.B + 1) * self.T} if self.packed else {}
+
+
+def loss(shape: Shape, mode: str = "precomputed", backward: bool = True, **options) -> None:
+    """Run the loss from logits; `mode` says where contrasts come from: precomputed, live, weights or none."""
+    logits = shape.logits().requires_grad_()
+    zeros = shape.tokens(torch.float32)
+    contrasts = {
+        "precomputed": {"corrupted_logps": zeros, "ablated_logps": zeros},
+        "live": {"corrupted_logits": logits.detach(), "ablated_logits": logits.detach()},
+        "weights": {"weights": shape.tokens(torch.float32, 1)},
+        "none": {},
+    }[mode]
+    if mode in ("precomputed", "live"):
+        contrasts["role_ids"] = shape.tokens(torch.int64, 1)
+    for name in options.pop("vectors", ()):
+        options[name] = zeros
+    if options.get("inplace_backward"):
+        logits = logits.view_as(logits)
+    config = LossConfig(**options.pop("loss", {}), **shape.settings)
+    out = role_weighted_grpo_loss(
+        logits, shape.tokens(torch.int64), torch.ones(shape.B, shape.T) if not shape.packed else zeros,
+        completion_mask=shape.tokens(torch.int64, 1), loss=config, validate_values=False, backend="triton",
+        **shape.packing(), **contrasts, **options,
+    )  # fmt: skip
+    if backward:
+        out.loss.backward()
+
+
+def log_probs(shape: Shape, entropy: bool = False) -> None:
+    """Run `selected_logps`, and its backward when the entropy is asked for."""
+    logits = shape.logits().requires_grad_(entropy)
+    scored = selected_logps(
+        logits, shape.tokens(torch.int64), mask=shape.tokens(torch.int64, 1), return_entropy=entropy,
+        temperature=shape.settings.get("temperature", 1.0), validate_values=False, backend="triton",
+    )  # fmt: skip
+    if entropy:
+        (scored.logps + scored.entropy).sum().backward()
+
+
+@contextmanager
+def few_rows() -> Iterator[None]:
+    """Make every call split its rows over several programs, as a GPU with idle multiprocessors does."""
+    launch = importlib.import_module("srpo_kernels.selected_logps").launch  # its own, also when it is a mutant's
+    stock, launch.split_rows = launch.split_rows, lambda n_rows, device: True
+    try:
+        yield
+    finally:
+        launch.split_rows = stock
+
+
+def split(call: Callable[..., None], *arguments, **options) -> None:
+    """Run a call under `few_rows`."""
+    with few_rows():
+        call(*arguments, **options)
+
+
+def _cases() -> dict[str, Case]:
+    bf16, fp16, fp32 = Shape(), Shape(dtype=torch.float16), Shape(dtype=torch.float32)
+    packed, other = Shape(packed=True), Shape(V=QWEN_VOCABULARIES[1])
+    kl = {"vectors": ("old_logps", "ref_logps", "importance_sampling_ratio")}
+    return {
+        "precomputed": Case(lambda: loss(bf16), "bf16"),
+        "precomputed V=152064": Case(lambda: loss(other), "bf16"),
+        "live": Case(lambda: loss(bf16, "live"), "bf16"),
+        "live V=152064": Case(lambda: loss(other, "live"), "bf16"),
+        "weights": Case(lambda: loss(bf16, "weights"), "bf16"),
+        "plain": Case(lambda: loss(bf16, "none"), "bf16"),
+        "in place": Case(lambda: loss(bf16, inplace_backward=True), "bf16"),
+        "packed": Case(lambda: loss(packed), "bf16"),
+        "beta, old, is-ratio": Case(lambda: loss(bf16, loss={"beta": 0.04, "delta": 3.0}, **kl), "bf16"),
+        "solve": Case(lambda: loss(bf16, credit=CreditConfig(normalize="solve")), "bf16"),
+        "signed": Case(lambda: loss(bf16, credit=CreditConfig(direction="advantage", normalize="none")), "bf16"),
+        "role mean, k3": Case(
+            lambda: loss(bf16, credit=CreditConfig(baseline="role_mean", contrast_kind="k3")), "bf16"
+        ),
+        "one pass": Case(
+            lambda: loss(bf16, "live", credit=CreditConfig(reasoning_signal="image_independence")), "bf16"
+        ),
+        "cispo": Case(
+            lambda: loss(bf16, loss={"loss_type": "cispo", "epsilon_high": 5.0}, vectors=("old_logps",)), "bf16"
+        ),
+        "sequence_token": Case(
+            lambda: loss(bf16, loss={"importance_sampling_level": "sequence_token"}, vectors=("old_logps",)), "bf16"
+        ),
+        "selected_logps": Case(lambda: log_probs(bf16), "bf16"),
+        "entropy gradient": Case(lambda: log_probs(bf16, entropy=True), "bf16"),
+        "few rows": Case(lambda: split(loss, bf16), "bf16"),
+        "few rows, live": Case(lambda: split(loss, bf16, "live"), "bf16"),
+        "fp16": Case(lambda: loss(fp16), "f16"),
+        "fp32": Case(lambda: loss(fp32)),
+        "odd V": Case(lambda: loss(Shape(V=ODD_VOCABULARY))),
+        "V=1000": Case(lambda: loss(Shape(V=1000))),
+        "V=7": Case(lambda: loss(Shape(V=7))),
+    }
+
+
+CASES = _cases()
+
+# Twenty calls of one flag set each: none may compile a kernel twice.
+SHAPES_OF_A_RUN = [
+    Shape(
+        B=1 + k % 4, T=(1, 2, 7, 15, 16, 31, 32, 33)[k % 8] + k // 8, V=QWEN_VOCABULARIES[k % 2],
+        extra_row=k % 3 != 0, offset=k % 5,
+        settings={"temperature": (1.0, 0.7, 2.0)[k % 3], "epsilon_low": 0.1 + 0.01 * k, "epsilon_high": 0.2 + 0.01 * k},
+    )
+    for k in range(20)
+]  # fmt: skip
+
+RUNS: dict[str, Callable[[Shape], None]] = {
+    "precomputed": lambda shape: loss(shape, vectors=("old_logps",)),
+    "live": lambda shape: loss(shape, "live"),
+    "packed": lambda shape: loss(as_packed(shape)),
+    "entropy gradient": lambda shape: log_probs(shape, entropy=True),
+    "few rows": lambda shape: split(loss, shape, "none"),
+}
+
+
+def as_packed(shape: Shape) -> Shape:
+    """Return the same sizes in the packed layout."""
+    return Shape(shape.B, shape.T, shape.V, shape.dtype, offset=shape.offset, packed=True, settings=shape.settings)

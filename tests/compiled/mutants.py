@@ -1,0 +1,129 @@
+"""Kernels with one fault each, made from the text of the real ones: the checks must tell them apart."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import srpo_kernels
+
+KERNEL_FILES = ("selected_logps", "token_credit", "policy_loss")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replacements in one file of `srpo_kernels`, the cases that reach the fault, and the rules that it breaks."""
+
+    file: str
+    replacements: tuple[tuple[str, str], ...]
+    breaks: tuple[str, ...]
+    cases: tuple[str, ...] = ("plain",)
+
+
+STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE = (
+    "_row_statistics_fwd_kernel", "_logits_gradient_bwd_kernel", "_token_credit_fwd_kernel", "_policy_loss_fwd_kernel",
+    "_row_blocks_fwd_kernel", "_merge_blocks_fwd_kernel",
+)  # fmt: skip
+
+COMPILED = {
+    "rows in int32": Mutant(
+        "selected_logps",
+        ((".to(tl.int64)", ""), (": tl.int64", "")),
+        (
+            *(f"{STATISTICS}: int32 address: {name}_ptr" for name in ("logits", "corrupted", "ablated")),
+            *(f"{GRADIENT}: int32 address: {name}_ptr" for name in ("logits", "out")),
+            *(f"{SPLIT}: int32 address: {name}_ptr" for name in ("logits", "partials")),
+            f"{MERGE}: int32 address: partials_ptr",
+        ),
+        ("live", "few rows"),
+    ),
+    "tokens in int32": Mutant(
+        "device",
+        (("trajectory.to(tl.int64) * T", "trajectory * T"),),
+        (f"{CREDIT}: int32 address: contrast_ptr", f"{LOSS}: int32 address: coefficient_ptr"),
+        ("precomputed",),
+    ),
+    "logits stay bf16": Mutant(
+        "selected_logps", (('other=float("-inf")).to(tl.float32)', 'other=float("-inf"))'),), ("does not compile",)
+    ),
+    "gradient in bf16": Mutant(
+        "selected_logps", (("log_p = (x - ", "log_p = (x.to(tl.bfloat16) - 1 - "),), (f"{GRADIENT}: not fp32",)
+    ),
+    "gradient in fp64": Mutant(
+        "selected_logps", (("log_p = (x - ", "log_p = (x.to(tl.float64) - "),), (f"{GRADIENT}: fp64",)
+    ),
+    "forward block spills": Mutant(
+        "launch",
+        (("_block(vocabulary, 4096)", "(32768, 4)"),),
+        (f"{STATISTICS}: spills", f"{STATISTICS}: stack", f"{SPLIT}: spills"),
+        ("plain", "few rows"),
+    ),
+    "gradient block spills": Mutant(
+        "launch", (("_block(vocabulary, 8192)", "(32768, 2)"),), (f"{GRADIENT}: spills", f"{GRADIENT}: stack")
+    ),
+    "token block spills": Mutant(
+        "launch", (("TOKENS_PER_BLOCK = 1024", "TOKENS_PER_BLOCK = 4096"),),
+        (f"{CREDIT}: spills", f"{LOSS}: spills"), ("precomputed",),
+    ),
+    "misaligned load": Mutant(
+        "selected_logps",
+        (("tl.load(row_ptr + offsets,", "tl.load(row_ptr + 1 + offsets,"),),
+        (f"{STATISTICS}: narrow loads", f"{GRADIENT}: narrow loads", f"{SPLIT}: narrow loads"),
+        ("plain", "few rows"),
+    ),
+    "misaligned store": Mutant(
+        "selected_logps", (("tl.store(out, (onehot", "tl.store(out + 1, (onehot"),), (f"{GRADIENT}: narrow stores",)
+    ),
+    "alignment of the output unknown": Mutant(
+        "selected_logps", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
+    ),
+}  # fmt: skip
+
+# Faults of numbers and bounds, which machine code does not show: the interpreter's guard must.
+INTERPRETED = {
+    "row mask one too far": Mutant("selected_logps", (("mask=cols < V", "mask=cols <= V"),), ("IndexError",)),
+    "credit mask one too far": Mutant("token_credit", (("tokens < end", "tokens <= end"),), ("IndexError",)),
+    "loss mask one too far": Mutant("policy_loss", (("tokens < end", "tokens <= end"),), ("IndexError",)),
+    "logits stay bf16": replace(COMPILED["logits stay bf16"], breaks=("cannot compute on bf16",)),
+    "rows in int32": replace(COMPILED["rows in int32"], breaks=("OverflowError",)),
+}
+
+
+@contextmanager
+def installed(mutant: Mutant, folder: str | pathlib.Path) -> Iterator[None]:
+    """Let `srpo_kernels` use the mutated copy of its kernels, which is written below `folder`."""
+    package = _write(mutant, pathlib.Path(folder))
+    sys.path.insert(0, str(folder))
+    names = {f"srpo_kernels.{name}": f"{package}.{name}" for name in KERNEL_FILES}
+    stock = {name: sys.modules.get(name) for name in names}
+    try:
+        importlib.invalidate_caches()
+        sys.modules |= {name: importlib.import_module(copy) for name, copy in names.items()}
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name, module in stock.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]
+
+
+def _write(mutant: Mutant, folder: pathlib.Path) -> str:
+    package = f"mutant_{uuid.uuid4().hex}"
+    (folder / package).mkdir()
+    for path in pathlib.Path(srpo_kernels.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if path.stem == mutant.file:
+            for old, new in mutant.replacements:
+                if old not in text:
+                    raise ValueError(f"{old!r} is no longer in {path.name}: the mutant is stale")
+                text = text.replace(old, new)
+        (folder / package / path.name).write_text(text.replace("srpo_kernels", package))
+    return package
