@@ -20,7 +20,8 @@ from contextlib import contextmanager, nullcontext
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it decides what a kernel is
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_report_")
+    _cache = tempfile.TemporaryDirectory(prefix="compile_report_")  # nothing from an older compiler
+    os.environ["TRITON_CACHE_DIR"] = _cache.name
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import torch

@@ -150,7 +150,7 @@ def score_streams(
         mask_image_cells(vlm, inputs, generator, MASK_PROBABILITY),
         inputs | {"attention_mask": visible},
     )
-    scored: list[Any] = [
+    scored = [
         srpo.selected_logps(completion_logits(vlm, context, length), completions.ids, mask=completions.mask)
         for context in contexts
     ]

@@ -1,6 +1,6 @@
 """The loss: clipped GRPO with role-aware token weights, from logits or from log-probs."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -189,6 +189,28 @@ def role_weighted_grpo_loss_from_logps(
     return stage.run(logps, None, contrasts, normaliser)
 
 
+@overload
+def selected_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    validate_values: bool | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def selected_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    validate_values: bool | None = ...,
+    backend: str = ...,
+) -> SelectedLogps: ...
 def selected_logps(
     logits: Tensor,
     completion_ids: Tensor,

@@ -1,8 +1,8 @@
 """The one table of tolerances and the one comparison.
 
 Rule: |got - truth| <= |eager - truth| + floor, element by element, with floor = absolute + relative * |truth|. `truth`
-is float64, `eager` the plain computation in the tested precision. bf16 and fp16 floors are half a unit in the last place
-of the stored result: everything before the final rounding is fp32.
+is float64, `eager` the plain computation in the tested precision. bf16 and fp16 floors are half a unit in the last
+place of the stored result: everything before the final rounding is fp32.
 """
 
 from __future__ import annotations

@@ -149,17 +149,20 @@ def test_the_picture_reaches_the_logits(vlm: TinyVLM):
     assert difference.abs().max() > 1e-3
 
 
-def test_sampling_is_seeded_and_masks_everything_after_the_end(trained: TinyVLM):
-    inputs = model_inputs(trained, draw_examples(16, seeded(), held_out=True))
+def test_sampling_is_seeded_and_masks_everything_after_the_end(vlm: TinyVLM):
+    inputs = model_inputs(vlm, draw_examples(64, seeded(), held_out=True))
     torch.manual_seed(3)
-    first = sample(trained, inputs)
+    first = sample(vlm, inputs)
     torch.manual_seed(3)
-    assert torch.equal(first.ids, sample(trained, inputs).ids)
-    eos = trained.tokenizer.eos_token_id
+    assert torch.equal(first.ids, sample(vlm, inputs).ids)
+    eos = vlm.tokenizer.eos_token_id
+    lengths = set()
     for ids, mask, text in zip(first.ids.tolist(), first.mask.tolist(), first.texts, strict=True):
         length = ids.index(eos) + 1 if eos in ids else len(ids)
         assert mask == [True] * length + [False] * (len(ids) - length)
-        assert text == trained.tokenizer.decode(ids[:length])
+        assert text == vlm.tokenizer.decode(ids[:length])
+        lengths.add(length)
+    assert len(lengths) > 3
 
 
 def test_responses_hold_no_special_token_but_the_end(vlm: TinyVLM):

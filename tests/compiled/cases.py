@@ -113,6 +113,7 @@ def split(call: Callable[..., None], *arguments, **options) -> None:
 def _cases() -> dict[str, Case]:
     bf16, fp16, fp32 = Shape(), Shape(dtype=torch.float16), Shape(dtype=torch.float32)
     packed, other = Shape(packed=True), Shape(V=QWEN_VOCABULARIES[1])
+    large = Shape(T=3600)  # 2.2 GB of logits: for AMD, Triton specialises on tensors of at most 2 GiB
     kl = {"vectors": ("old_logps", "ref_logps", "importance_sampling_ratio")}
     return {
         "precomputed": Case(lambda: loss(bf16), "bf16"),
@@ -140,6 +141,8 @@ def _cases() -> dict[str, Case]:
         ),
         "selected_logps": Case(lambda: log_probs(bf16), "bf16"),
         "entropy gradient": Case(lambda: log_probs(bf16, entropy=True), "bf16"),
+        "over 2 GiB": Case(lambda: loss(large), "bf16"),
+        "over 2 GiB, live": Case(lambda: loss(large, "live"), "bf16"),
         "few rows": Case(lambda: split(loss, bf16), "bf16"),
         "few rows, live": Case(lambda: split(loss, bf16, "live"), "bf16"),
         "fp16": Case(lambda: loss(fp16), "f16"),

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import triton
 from compiled import mutants
 from compiled.cases import CASES, RUNS
 from conftest import INTERPRETED
@@ -47,8 +48,17 @@ def rows_of(survey, **wanted):
     return [row for row in survey["rows"] if all(row[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+# triton 3.6 asserts in TritonAMDGPUConvertToBufferOps where a pointer is chosen among tensors of at most 2 GiB.
+NOT_BY_TRITON_3_6 = {(case, "gfx942") for case in ("live", "live V=152064", "one pass", "few rows, live")}
+
+
+def marked(case, target):
+    broken = (case, target) in NOT_BY_TRITON_3_6 and triton.__version__.startswith("3.6.")
+    marks = pytest.mark.xfail(reason="triton 3.6 cannot compile it for AMD") if broken else ()
+    return pytest.param(case, target, marks=marks, id=f"{case}-{target}")
+
+
+@pytest.mark.parametrize(("case", "target"), [marked(case, target) for case in CASES for target in TARGETS])
 def test_machine_code_keeps_the_contract(survey, case, target):
     assert not [f["error"] for f in survey["failures"] if (f["case"], f["target"]) == (case, target)]
     rows = rows_of(survey, case=case, target=target)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton.runtime.interpreter as interpreter
 from interpreter_guard import count_bytes
 from triton.runtime.errors import InterpreterError
 
@@ -248,13 +249,21 @@ def _device_function_kernel(source_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + columns, _twice(tl.load(source_ptr + columns)))
 
 
-def test_the_language_is_patched_once():
+def test_the_language_is_patched_once(monkeypatch):
     source, out = torch.arange(4.0), torch.zeros(4)
     _device_function_kernel[(1,)](source, out, BLOCK=4)
-    patched = tl.arange
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *_: pytest.fail("triton.language was patched again"))
     _device_function_kernel[(2,)](source, out, BLOCK=4)
-    assert tl.arange is patched
     assert torch.equal(out, 2 * source)
+
+
+def test_remembered_dtypes_tell_pointers_blocks_and_scalars_apart():
+    pointer = tl.pointer_type(tl.float32)
+    expected = [(tl.float32, "float32"), (pointer, "uint64"), (tl.int1, "bool"), (tl.bfloat16, "uint16")]
+    for element, name in expected:
+        for _ in range(2):
+            assert interpreter._get_np_dtype(element).name == name
+            assert interpreter._get_np_dtype(tl.block_type(element, [4])).name == name
 
 
 def test_results_reach_views_of_shared_storage():
