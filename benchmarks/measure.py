@@ -38,7 +38,7 @@ def measure(functions: dict[str, Callable[[], None]], device: torch.device, repe
 
 
 def peak_memory(function: Callable[[], None], device: torch.device) -> float:
-    """Return the peak MiB a call adds: from the allocator on a GPU, from the high-water mark of the process on a CPU."""
+    """Return the peak MiB a call adds: the allocator's on a GPU, the process's high-water mark on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -7,7 +7,7 @@ Each step samples rollouts, parses their roles, scores the three streams without
 import resource
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch

@@ -78,8 +78,9 @@ def test_opcheck_policy_loss(packed):
     mask = x["completion_mask"].bool()
     clean = {k: torch.where(mask, v, 0.0) for k, v in x.items() if v.is_floating_point()}
     cu = torch.tensor([0, 5, 10]) if packed else None
-    arguments = (clean["logps"].requires_grad_(), clean["old_logps"], clean["ref_logps"], None,
-                 torch.where(mask, 1.0, 0.0), torch.where(mask, 1.1, 0.0), mask, torch.tensor([0.5, 0.25]), cu)  # fmt: skip
+    advantages, weights, scale = mask * 1.0, mask * 1.1, torch.tensor([0.5, 0.25])
+    vectors = (clean["logps"].requires_grad_(), clean["old_logps"], clean["ref_logps"], None, advantages, weights)
+    arguments = (*vectors, mask, scale, cu)
     opcheck(torch.ops.srpo.policy_loss.default, arguments, LOSS)
 
 
