@@ -38,6 +38,7 @@ def environment() -> str:
     call = checks.Call("environment", torch.empty(0, device=device), "device")
     lines = {"python": platform.python_version()}
     lines |= {package: _version(package) for package in REPORTED_PACKAGES}
+    lines["torch"] = str(torch.__version__)  # with the build, which its metadata may lack
     lines |= {"device": f"{device.type} ({name})"}
     lines |= {'backend="auto"': checks.backend_of(call, "auto", torch.float32)}
     width = max(map(len, lines)) + 2

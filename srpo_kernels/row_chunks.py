@@ -5,10 +5,12 @@ depends on how many rows or threads there are. (Parallel ops on small chunks wou
 microseconds, which on a busy machine costs more than the arithmetic.) Masked rows are never read there. On other
 devices finding them would need a sync, so they are computed and discarded.
 
-Memory beyond the outputs: two chunks in the compute dtype, 4 MiB a CPU thread or 128 MiB on other devices.
+Memory beyond the outputs: two chunks in the compute dtype, 8 MiB a CPU thread or 128 MiB on other devices.
 """
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from srpo_kernels import reference
 
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 4 << 20
 _CHUNK_BYTES_OFF_CPU = 64 << 20
 
 
@@ -30,18 +32,19 @@ def row_statistics(
     logits: Tensor, ids: Tensor, row_mask: Tensor, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `logps`, `row_max`, `log_sum`, `entropy` `[B, T]` of one stream of logits `[B, T or T+1, V]`."""
-    outputs = tuple(ids.new_zeros(ids.shape, dtype=compute_dtype(logits.dtype)) for _ in range(4))
+    outputs = ids.new_zeros(4, *ids.shape, dtype=compute_dtype(logits.dtype))
     ids = torch.where(row_mask, ids, 0)
 
     def work(b: int, rows: Rows, buffers: Tensor) -> None:
         chunk, *workspace = _load(logits[b], rows, buffers)
         results = reference.row_statistics(chunk, ids[b, rows], temperature, return_entropy, tuple(workspace))
-        for output, result in zip(outputs, results, strict=True):
-            if result is not None:
-                output[b, rows] = result
+        known = [x for x in results if x is not None]
+        outputs[: len(known), b, rows] = torch.stack(known)
 
     _for_each_chunk(work, row_mask, logits)
-    return outputs if logits.device.type == "cpu" else tuple(torch.where(row_mask, x, 0.0) for x in outputs)
+    if logits.device.type != "cpu":
+        outputs = torch.where(row_mask, outputs, 0.0)
+    return tuple(x.clone() for x in outputs)  # what an op returns must not share memory
 
 
 def logits_gradient(
@@ -109,11 +112,19 @@ def _for_each_chunk(work: Callable[[int, Rows, Tensor], None], mask: Tensor, log
     if min(threads, len(chunks)) <= 1:
         run(chunks)
         return
+    list(_workers(threads, os.getpid()).map(run, (chunks[k::threads] for k in range(threads))))
+
+
+@functools.lru_cache(maxsize=1)
+def _workers(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Return threads whose torch ops are serial. Kept: starting one costs milliseconds."""
+    pool = ThreadPoolExecutor(threads, "srpo", torch.set_num_threads, (1,))
+    everyone = threading.Barrier(threads)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(run, (chunks[k::threads] for k in range(threads))))
+        list(pool.map(lambda _: everyone.wait(), range(threads)))  # start them all now
     finally:
         torch.set_num_threads(threads)  # the workers' 1 is theirs alone, yet threads born later would start with it
+    return pool
 
 
 def _chunks(mask: Tensor, size: int) -> Iterator[tuple[int, Rows]]:

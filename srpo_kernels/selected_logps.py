@@ -63,7 +63,10 @@ def _store_row(
         tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit(do_not_specialize=["n_rows", "T"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
+@triton.jit(
+    do_not_specialize=["n_rows", "T"],
+    do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr", "logps_ptr", "row_max_ptr", "log_sum_ptr"],
+)
 def _row_statistics_fwd_kernel(
     logits_ptr, corrupted_ptr, ablated_ptr,  # [B, T or T+1, V] each
     ids_ptr,  # [B, T]
@@ -142,7 +145,10 @@ def _row_blocks_fwd_kernel(
         tl.store(targets_ptr + cell, tl.sum(tl.where(cols == target_id, x, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_blocks"],
+    do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr", "logps_ptr", "row_max_ptr", "log_sum_ptr"],
+)
 def _merge_blocks_fwd_kernel(
     partials_ptr, targets_ptr, ids_ptr, row_mask_ptr,
     logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr,

@@ -31,7 +31,7 @@ def python_3_12() -> str | None:
 def run(*command: object, **options) -> str:
     """Run a command; fail with the end of what it said, without the addresses of registries."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **options)
-    said = re.sub(r"\b(?:\w+\+)?\w+://\S+", "<address>", done.stdout + done.stderr)
+    said = re.sub(r"\b(?:\w+\+)?\w+://\S+|host='[^']*'", "<address>", done.stdout + done.stderr)
     assert done.returncode == 0, said[-4000:]
     return said
 

@@ -108,10 +108,10 @@ def test_trap_7_masked_rows_are_not_read(backend, device):
 
 
 def test_trap_8_row_offsets_pass_two_to_the_31(backend, device):
-    V, stride = 130, 2**31 - 65
-    storage = torch.empty(stride + V, dtype=torch.bfloat16, device=device)  # virtual memory; two rows are touched
-    far = storage.as_strided((1, 2, V), (0, stride, 1))
-    logits, ids = peaked_logits(1, 2, V, dtype=torch.bfloat16, device=device)
+    V, stride = 130, 2**30 + 16  # the third row starts where an int32 has wrapped
+    storage = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=device)  # virtual memory; three rows are touched
+    far = storage.as_strided((1, 3, V), (0, stride, 1))
+    logits, ids = peaked_logits(1, 3, V, dtype=torch.bfloat16, device=device)
     far.copy_(logits)
     assert torch.equal(selected_logps(far, ids, backend=backend), selected_logps(logits, ids, backend=backend))
 
