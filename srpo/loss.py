@@ -108,7 +108,7 @@ def role_weighted_grpo_loss(
     stage = _Stage(call, credit, loss, backend, logits.dtype)
     layout, mask, ids = _check_selection(call, logits, completion_ids, completion_mask, cu_seqlens)
     stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
-    normaliser = _check_normaliser(call, num_items_in_batch)
+    checks.normaliser(call, num_items_in_batch)
     given = {"corrupted": corrupted_logps, "ablated": ablated_logps}
     live = {"corrupted": corrupted_logits, "ablated": ablated_logits}
     stage.check_contrasts(given, live, logits.shape[-1])
@@ -133,7 +133,7 @@ def role_weighted_grpo_loss(
     if not padded:
         logps, entropy = logps[:, 0], entropy[0]
     contrasts = given | {s: logps[k + 1].detach() for k, s in enumerate(needs)}
-    return stage.run(logps[0], entropy.detach(), contrasts, normaliser)
+    return stage.run(logps[0], entropy.detach(), contrasts, num_items_in_batch)
 
 
 def role_weighted_grpo_loss_from_logps(
@@ -183,10 +183,10 @@ def role_weighted_grpo_loss_from_logps(
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
     stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
-    normaliser = _check_normaliser(call, num_items_in_batch)
+    checks.normaliser(call, num_items_in_batch)
     contrasts = {"corrupted": corrupted_logps, "ablated": ablated_logps}
     stage.check_contrasts(contrasts, {}, 0)
-    return stage.run(logps, None, contrasts, normaliser)
+    return stage.run(logps, None, contrasts, num_items_in_batch)
 
 
 @overload
@@ -383,11 +383,6 @@ def _check_selection(
     fix = "mask tokens that are not to be scored"
     call.within("completion_ids", completion_ids, 0, logits.shape[-1] - 1, mask, "token ids", fix)
     return layout, mask.contiguous(), completion_ids.long().contiguous()
-
-
-def _check_normaliser(call: checks.Call, num_items_in_batch: Any) -> Any:
-    checks.normaliser(call, num_items_in_batch)
-    return num_items_in_batch
 
 
 def _check_inplace(call: checks.Call, logits: Tensor) -> None:
