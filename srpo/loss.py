@@ -97,7 +97,7 @@ def role_weighted_grpo_loss(
     Gradient: from `loss` to `logits`. Weights, contrasts and all other inputs are constants.
 
     Memory: the gradient of `logits` (nothing with `inplace_backward`), and vectors of `[B, T]`. Forward reads each
-        needed row of each stream once; the CPU path adds two chunks of rows, about 8 MiB a thread.
+        needed row of each stream once; the CPU path adds two chunks of rows, about 4 MiB a thread.
 
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, NonFiniteError, KernelUnavailableError.
 

@@ -96,7 +96,7 @@ def _logits_gradient(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    out = torch.empty_like(logits)
+    out = row_chunks.new_gradient(logits)
     _write_gradient(out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend)
     return out
 

@@ -14,32 +14,43 @@ SOLVE_STEPS = 40
 AT_LOWER_BOUND, AT_UPPER_BOUND, NO_VALUE = 1, 2, 4  # bits of the flags that `token_credit` returns
 
 
-def row_statistics(
+def row_sums(
     logits: Tensor,
     ids: Tensor,
     temperature: float,
     return_entropy: bool,
-    workspace: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return `logps`, `row_max`, `log_sum` and `entropy` (or None) of rows `[n, V]`.
+    workspace: tuple[Tensor | None, ...] = (None,) * 2,
+    out: tuple[Tensor | None, ...] = (None,) * 5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return what `finish_statistics` needs of rows `[n, V]`: five vectors `[n]`.
 
-    z = (x - max x) / temperature,  log_sum = log sum exp z,  logp = z[id] - log_sum,  H = log_sum - sum p z
+    z = (x - max x) / temperature,  p = softmax z:  max x, z[id], sum p, max p, sum p z
 
-    `workspace` lends two `[n, V]` buffers; the first may be `logits` itself.
+    `workspace` lends two `[n, V]` buffers, of which the first may be `logits` itself, and `out` five `[n]` vectors.
     """
-    row_max = logits.amax(-1)
+    row_max = torch.amax(logits, -1, out=out[0])
     z = torch.sub(logits, row_max[:, None], out=workspace[0])
     if temperature != 1.0:
         z.mul_(1.0 / temperature)
+    target = torch.gather(z, -1, ids[:, None], out=None if out[1] is None else out[1][:, None])
     probs = torch.softmax(z, -1, out=workspace[1])
+    total, largest = torch.sum(probs, -1, out=out[2]), torch.amax(probs, -1, out=out[3])
+    # nansum: 0 * -inf of a banned token counts as 0; a NaN row stays NaN through the other sums
+    weighted = torch.nansum(probs.mul_(z), -1, out=out[4]) if return_entropy else None
+    return row_max, target.squeeze(-1), total, largest, weighted
+
+
+def finish_statistics(
+    row_max: Tensor, target: Tensor, total: Tensor, largest: Tensor, weighted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `logps`, `row_max`, `log_sum` and `entropy` (or None) of rows from their sums.
+
+    log_sum = log sum exp z,  logp = z[id] - log_sum,  H = log_sum - sum p z
+    """
     # The largest z is 0, so its probability is 1 / sum exp z. torch.softmax sums a long row carelessly (1e-4 off at
     # V = 151k); the sum of what it returns says by how much.
-    total = probs.sum(-1)
-    log_sum = (total / probs.amax(-1)).log()
-    logps = z.gather(-1, ids[:, None]).squeeze(-1) - log_sum
-    # nansum: 0 * -inf of a banned token counts as 0; a NaN row stays NaN through log_sum
-    entropy = log_sum - probs.mul_(z).nansum(-1) / total if return_entropy else None
-    return logps, row_max, log_sum, entropy
+    log_sum = (total / largest).log()
+    return target - log_sum, row_max, log_sum, None if weighted is None else log_sum - weighted / total
 
 
 def logits_gradient(
@@ -51,7 +62,7 @@ def logits_gradient(
     grad_logps: Tensor,
     grad_entropy: Tensor | None,
     temperature: float,
-    workspace: tuple[Tensor | None, Tensor | None] = (None, None),
+    workspace: tuple[Tensor | None, ...] = (None, None),
 ) -> Tensor:
     """Return d(grad_logps * logp + grad_entropy * H) / dlogits for rows `[n, V]`.
 

@@ -5,22 +5,26 @@ depends on how many rows or threads there are. (Parallel ops on small chunks wou
 microseconds, which on a busy machine costs more than the arithmetic.) Masked rows are never read there. On other
 devices finding them would need a sync, so they are computed and discarded.
 
-Memory beyond the outputs: two chunks in the compute dtype, 8 MiB a CPU thread or 128 MiB on other devices.
+Memory beyond the outputs: two chunks in the compute dtype, 4 MiB a CPU thread or 128 MiB on other devices.
 """
 
+import ctypes
 import functools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from srpo_kernels import reference
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 2 << 20
 _CHUNK_BYTES_OFF_CPU = 64 << 20
+_RUN_BYTES = 64 << 10  # shorter runs of rows are gathered: an op on fewer bytes costs more than the copy
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,19 +36,37 @@ def row_statistics(
     logits: Tensor, ids: Tensor, row_mask: Tensor, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `logps`, `row_max`, `log_sum`, `entropy` `[B, T]` of one stream of logits `[B, T or T+1, V]`."""
-    outputs = ids.new_zeros(4, *ids.shape, dtype=compute_dtype(logits.dtype))
-    ids = torch.where(row_mask, ids, 0)
+    rows = _Rows(row_mask)
+    ids = rows.take(torch.where(row_mask, ids, 0))
+    sums = ids.new_zeros(5, *ids.shape, dtype=compute_dtype(logits.dtype))
 
-    def work(b: int, rows: Rows, buffers: Tensor) -> None:
-        chunk, *workspace = _load(logits[b], rows, buffers)
-        results = reference.row_statistics(chunk, ids[b, rows], temperature, return_entropy, tuple(workspace))
-        known = [x for x in results if x is not None]
-        outputs[: len(known), b, rows] = torch.stack(known)
+    def work(chunk: _Chunk, buffers: Tensor) -> None:
+        x, *workspace = _load(logits, chunk, buffers)
+        out = tuple(sums[:, chunk.place])
+        reference.row_sums(x, ids[chunk.place], temperature, return_entropy, tuple(workspace), out)
 
-    _for_each_chunk(work, row_mask, logits)
-    if logits.device.type != "cpu":
-        outputs = torch.where(row_mask, outputs, 0.0)
-    return tuple(x.clone() for x in outputs)  # what an op returns must not share memory
+    _for_each_chunk(work, rows, logits)
+    statistics = reference.finish_statistics(*sums[:4], sums[4] if return_entropy else None)
+    return tuple(rows.spread(sums[4] if x is None else x) for x in statistics)
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """Return an uninitialised tensor like `logits`, in huge pages where Linux has them.
+
+    The first touch of 4 KiB pages costs a CPU more than the arithmetic of the gradient that is written to them.
+    """
+    out = torch.empty_like(logits)
+    if out.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = out.data_ptr() + out.untyped_storage().nbytes() - start
+        if size >= mmap.PAGESIZE:  # a hint: where the kernel refuses it, nothing is lost
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return out
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def logits_gradient(
@@ -60,65 +82,103 @@ def logits_gradient(
 ) -> None:
     """Write the gradient of `logits` into `out` (which may be `logits`); rows without upstream gradient become 0."""
     needed = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
-    ids = torch.where(needed, ids, 0)
+    rows, idle = _Rows(needed), _Rows(~needed)
+    ids, *vectors = (
+        None if x is None else rows.take(x)
+        for x in (torch.where(needed, ids, 0), row_max, log_sum, entropy, grad_logps, grad_entropy)
+    )
     writes_directly = out.dtype == compute_dtype(out.dtype) and out.data_ptr() != logits.data_ptr()
 
-    def work(b: int, rows: Rows, buffers: Tensor) -> None:
-        chunk, z, probs = _load(logits[b], rows, buffers)
-        direct = writes_directly and isinstance(rows, slice)
-        grad = reference.logits_gradient(
-            chunk,
-            ids[b, rows],
-            row_max[b, rows],
-            log_sum[b, rows],
-            None if entropy is None else entropy[b, rows],
-            grad_logps[b, rows],
-            None if grad_entropy is None else grad_entropy[b, rows],
-            temperature,
-            (z, out[b, rows] if direct else probs),
-        )
+    def work(chunk: _Chunk, buffers: Tensor) -> None:
+        x, z, probs = _load(logits, chunk, buffers)
+        target = out[chunk.b, chunk.rows]
+        direct = writes_directly and isinstance(chunk.rows, slice)
+        of_chunk = (None if v is None else v[chunk.place] for v in vectors)
+        workspace = (z, target if direct else probs)
+        grad = reference.logits_gradient(x, ids[chunk.place], *of_chunk, temperature, workspace)
         if not direct:
-            out[b, rows] = grad.to(out.dtype)
+            out[chunk.b, chunk.rows] = grad.to(out.dtype)
 
-    def clear(b: int, rows: Rows, _buffers: Tensor) -> None:
-        out[b, rows] = 0
+    def clear(chunk: _Chunk, _buffers: Tensor) -> None:
+        out[chunk.b, chunk.rows] = 0
 
-    _for_each_chunk(work, needed, logits)
-    out[:, ids.shape[1] :].zero_()
+    _for_each_chunk(work, rows, logits)
+    out[:, needed.shape[1] :].zero_()
     if logits.device.type == "cpu":
-        _for_each_chunk(clear, ~needed, logits)
+        _for_each_chunk(clear, idle, logits)
     else:
-        out[:, : ids.shape[1]].masked_fill_(~needed[..., None], 0)
+        out[:, : needed.shape[1]].masked_fill_(~needed[..., None], 0)
 
 
-Rows = slice | Tensor
+class _Chunk(NamedTuple):
+    """Rows `rows` of trajectory `b`, which are the rows `place` among the active ones."""
+
+    b: int
+    rows: slice | Tensor
+    place: slice
 
 
-def _for_each_chunk(work: Callable[[int, Rows, Tensor], None], mask: Tensor, logits: Tensor) -> None:
-    """Call `work(trajectory, rows, workspace)` on every chunk of active rows."""
+class _Rows:
+    """The active rows of a mask `[B, T]`: on a CPU those that are set, elsewhere all."""
+
+    def __init__(self, mask: Tensor):
+        self.mask, self.shape = mask, mask.shape
+        self.compact = mask.device.type == "cpu"
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T]` on the active rows."""
+        return x[self.mask] if self.compact else x.reshape(-1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return `[B, T]` with `x` on the active rows and 0 elsewhere."""
+        if self.compact:
+            return x.new_zeros(self.shape).masked_scatter_(self.mask, x)
+        return torch.where(self.mask, x.view(self.shape), 0.0)
+
+    def chunks(self, size: int, row_bytes: int) -> Iterator[_Chunk]:
+        """Yield chunks of at most `size` active rows: views where runs of them are long, else gathers."""
+        start = 0
+        for b in range(self.shape[0]):
+            for part in self._active(b).split(size):
+                if not len(part):
+                    continue
+                breaks = (part.diff() != 1).nonzero().flatten() + 1
+                long_runs = len(part) * row_bytes >= (len(breaks) + 1) * _RUN_BYTES
+                for run in part.tensor_split(breaks) if long_runs else (part,):
+                    rows = slice(int(run[0]), int(run[-1]) + 1) if long_runs or not len(breaks) else run
+                    yield _Chunk(b, rows, slice(start, start + len(run)))
+                    start += len(run)
+
+    def _active(self, b: int) -> Tensor:
+        return self.mask[b].nonzero().flatten() if self.compact else torch.arange(self.shape[1])
+
+
+def _for_each_chunk(work: Callable[[_Chunk, Tensor], None], rows: _Rows, logits: Tensor) -> None:
+    """Call `work(chunk, workspace)` on every chunk of active rows."""
     V, dtype = logits.shape[-1], compute_dtype(logits.dtype)
     on_cpu = logits.device.type == "cpu"
     size = max(4, (_CHUNK_BYTES if on_cpu else _CHUNK_BYTES_OFF_CPU) // (4 * V))
-    chunks = list(_chunks(mask, size))
-    new_workspace = functools.partial(torch.empty, 2, min(size, mask.shape[1]), V, dtype=dtype, device=logits.device)
+    chunks = list(rows.chunks(size, 4 * V))
+    shape = (2, min(size, rows.shape[1]), V)
 
-    def run(share: list[tuple[int, Rows]]) -> None:
+    def run(queue: Iterator[_Chunk]) -> None:
         with torch.no_grad():  # a thread starts with autograd on
-            workspace = new_workspace()
-            for b, rows in share:
-                work(b, rows, workspace)
+            workspace = torch.empty(shape, dtype=dtype, device=logits.device)
+            for chunk in queue:
+                work(chunk, workspace)
 
-    threads = torch.get_num_threads() if on_cpu else 1
-    if min(threads, len(chunks)) <= 1:
-        run(chunks)
+    queue = iter(chunks)  # each thread takes the next chunk: one that lost its core does not hold up the others
+    threads = min(torch.get_num_threads() if on_cpu else 1, len(chunks))
+    if threads <= 1:
+        run(queue)
         return
-    list(_workers(threads, os.getpid()).map(run, (chunks[k::threads] for k in range(threads))))
+    list(_workers(torch.get_num_threads(), os.getpid()).map(run, [queue] * threads))
 
 
 @functools.lru_cache(maxsize=1)
 def _workers(threads: int, _process: int) -> ThreadPoolExecutor:
     """Return threads whose torch ops are serial. Kept: starting one costs milliseconds."""
-    pool = ThreadPoolExecutor(threads, "srpo", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(threads, "srpo", _make_ops_serial)
     everyone = threading.Barrier(threads)
     try:
         list(pool.map(lambda _: everyone.wait(), range(threads)))  # start them all now
@@ -127,22 +187,15 @@ def _workers(threads: int, _process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _chunks(mask: Tensor, size: int) -> Iterator[tuple[int, Rows]]:
-    """Yield (trajectory, rows): slices where the active rows are contiguous, else an index tensor."""
-    for b in range(mask.shape[0]):
-        if mask.device.type != "cpu":
-            yield from ((b, slice(t, min(t + size, mask.shape[1]))) for t in range(0, mask.shape[1], size))
-            continue
-        for rows in mask[b].nonzero().flatten().split(size):
-            if len(rows):
-                first, last = int(rows[0]), int(rows[-1])
-                yield b, slice(first, last + 1) if last - first + 1 == len(rows) else rows
+def _make_ops_serial() -> None:
+    torch.get_num_threads()  # a thread's first look at the number sets it to the process's own: look before, not after
+    torch.set_num_threads(1)
 
 
-def _load(logits: Tensor, rows: Rows, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _load(logits: Tensor, chunk: _Chunk, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows in the compute dtype and two buffers of their size; the first may hold the rows."""
-    chunk = logits[rows]
-    first, second = buffers[0, : chunk.shape[0]], buffers[1, : chunk.shape[0]]
-    if chunk.dtype != buffers.dtype:
-        chunk = first.copy_(chunk)
-    return chunk, first, second
+    x = logits[chunk.b, chunk.rows]
+    first, second = buffers[:, : x.shape[0]]
+    if x.dtype != buffers.dtype:
+        x = first.copy_(x)
+    return x, first, second
