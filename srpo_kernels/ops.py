@@ -1,12 +1,11 @@
-"""The ops of `srpo`, registered with `torch.library`, and the dispatch to a backend.
+"""The ops of `srpo`, registered with `torch.library`: schemas, fake kernels, autograd, declared mutation.
 
     row_statistics     logits -> logps, row_max, log_sum, entropy          differentiable in the first stream of logits
     logits_gradient    coefficients -> dlogits                             `logits_gradient_` overwrites its logits
     token_credit       contrasts -> contrast, weights, flags, baseline     never differentiable
     policy_loss        logps, weights, advantages -> loss, metric sums     differentiable in logps
 
-The two row ops exist for both backends, because autograd must not see their insides. The two trajectory ops are plain
-PyTorch (`reference.py`) on the "torch" backend, and registered kernels on the "triton" one.
+Each takes the backend as an argument; `backends.py` runs it.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels import launch, reference, row_chunks
+from srpo_kernels import backends, row_chunks
 from srpo_kernels.layout import Layout
 
 
@@ -31,25 +30,14 @@ def _row_statistics(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     streams = [x for x in (logits, corrupted_logits, ablated_logits) if x is not None]
-    if backend == "triton":
-        from srpo_kernels.selected_logps import row_statistics_fwd
-
-        with launch.device_guard(logits.device):
-            return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
-    results = [
-        row_chunks.row_statistics(x, ids, row_mask[s], temperature, return_entropy and s == 0)
-        for s, x in enumerate(streams)
-    ]
-    dtype = results[0][0].dtype
-    stacked = (torch.stack([r[k].to(dtype) for r in results]) for k in range(3))
-    return *stacked, results[0][3] if return_entropy else results[0][3].new_empty(0)
+    return backends.row_statistics(streams, ids, row_mask, temperature, return_entropy, backend)
 
 
 @_row_statistics.register_fake
 def _(
     logits, corrupted_logits, ablated_logits, ids, row_mask, temperature, return_entropy, inplace_backward, backend
 ):  # fmt: skip
-    dtype = torch.float32 if backend == "triton" else row_chunks.compute_dtype(logits.dtype)
+    dtype = backends.statistics_dtype(logits.dtype, backend)
     per_stream = [row_mask.new_empty(row_mask.shape, dtype=dtype) for _ in range(3)]
     return *per_stream, row_mask.new_empty(ids.shape if return_entropy else (0,), dtype=dtype)
 
@@ -97,7 +85,9 @@ def _logits_gradient(
     backend: str,
 ) -> Tensor:
     out = row_chunks.new_gradient(logits)
-    _write_gradient(out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend)
+    backends.logits_gradient(
+        out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend=backend
+    )
     return out
 
 
@@ -118,23 +108,14 @@ def _logits_gradient_inplace(
     temperature: float,
     backend: str,
 ) -> None:
-    _write_gradient(logits, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend)
+    backends.logits_gradient(
+        logits, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend=backend
+    )
 
 
 @_logits_gradient_inplace.register_fake
 def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend):
     return None
-
-
-def _write_gradient(out: Tensor, *arguments: Any) -> None:
-    *arguments, backend = arguments
-    if backend == "triton":
-        from srpo_kernels.selected_logps import logits_gradient_bwd
-
-        with launch.device_guard(out.device):
-            logits_gradient_bwd(out, *arguments)
-    else:
-        row_chunks.logits_gradient(out, *arguments)
 
 
 @torch.library.custom_op("srpo::token_credit", mutates_args=())
@@ -159,23 +140,23 @@ def _token_credit(
     strength: float,
     missing_role: str,
     contrast_clamp: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from srpo_kernels.token_credit import token_credit_fwd
-
-    with launch.device_guard(mask.device):
-        return token_credit_fwd(
-            contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories,
-            contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
-            weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
-            missing_role=missing_role, contrast_clamp=contrast_clamp,
-        )  # fmt: skip
+    return backends.token_credit(
+        contrast, base, corrupted, ablated, role_ids, mask, advantages,
+        cu_seqlens=cu_seqlens, n_trajectories=n_trajectories, backend=backend,
+        contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
+        weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
+        missing_role=missing_role, contrast_clamp=contrast_clamp,
+    )  # fmt: skip
 
 
 @_token_credit.register_fake
 def _(contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories, *settings):
-    per_token = [mask.new_empty(mask.shape, dtype=torch.float32) for _ in range(2)]
+    dtype = (base if contrast is None else contrast).dtype
+    per_token = [mask.new_empty(mask.shape, dtype=dtype) for _ in range(2)]
     flags = mask.new_empty(mask.shape, dtype=torch.uint8)
-    return *per_token, flags, mask.new_empty(n_trajectories, dtype=torch.float32)
+    return *per_token, flags, mask.new_empty(n_trajectories, dtype=dtype)
 
 
 @torch.library.custom_op("srpo::policy_loss", mutates_args=())
@@ -195,36 +176,34 @@ def _policy_loss(
     delta: float | None,
     beta: float,
     importance_sampling_level: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from srpo_kernels.policy_loss import policy_loss_fwd
-
-    with launch.device_guard(logps.device):
-        return policy_loss_fwd(
-            logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens,
-            loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
-            importance_sampling_level=importance_sampling_level,
-        )  # fmt: skip
+    return backends.policy_loss(
+        logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask,
+        scale=scale, cu_seqlens=cu_seqlens, backend=backend,
+        loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        importance_sampling_level=importance_sampling_level,
+    )  # fmt: skip
 
 
 @_policy_loss.register_fake
 def _(logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens, *settings):
     n_trajectories = scale.shape[0]
     shapes = ((n_trajectories,), (n_trajectories, 3), tuple(logps.shape))
-    return tuple(logps.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(logps.new_empty(shape) for shape in shapes)
 
 
 def _save_policy_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     mask, cu_seqlens = inputs[6], inputs[8]
     ctx.save_for_backward(output[2], cu_seqlens)
     ctx.shape = mask.shape
-    ctx.dtype = inputs[0].dtype
     ctx.n_inputs = len(inputs)
 
 
 def _policy_loss_backward(ctx: Any, grad_loss: Tensor, _sums: Any, _coefficient: Any):
     coefficient, cu_seqlens = ctx.saved_tensors
     layout = Layout(tuple(ctx.shape), cu_seqlens)
-    return (coefficient * layout.spread(grad_loss)).to(ctx.dtype), *[None] * (ctx.n_inputs - 1)
+    return coefficient * layout.spread(grad_loss), *[None] * (ctx.n_inputs - 1)
 
 
 _policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
@@ -271,16 +250,9 @@ def token_credit(
     **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` in the shape of the tokens and `baseline` `[R]`, all detached."""
-    tensors = [None if x is None else x.detach() for x in (contrast, base, corrupted, ablated)]
-    tensors += [role_ids, mask, None if advantages is None else advantages.detach()]
-    if backend == "triton":
-        flat = (None if x is None else x.contiguous() for x in tensors)
-        return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, **settings)
-    if layout.cu_seqlens is None:
-        return reference.token_credit(*tensors, **settings)
-    padding = layout.pad()
-    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), **settings)
-    return *(padding.pack(x, layout.shape[0]) for x in per_token), baseline
+    tensors = (contrast, base, corrupted, ablated, role_ids, mask, advantages)
+    flat = (None if x is None else x.detach().contiguous() for x in tensors)
+    return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, **settings, backend=backend)
 
 
 def policy_loss(
@@ -298,15 +270,9 @@ def policy_loss(
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss `[R]` of each trajectory, differentiable in `logps`, and metric sums `[R, 3]`."""
-    tensors = [logps] + [
-        None if x is None else x.detach()
-        for x in (old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask)
-    ]
-    if backend == "triton":
-        flat = (None if x is None else x.contiguous() for x in tensors)
-        loss, sums, _ = torch.ops.srpo.policy_loss(*flat, scale.contiguous(), layout.cu_seqlens, **settings)
-        return loss, sums
-    if layout.cu_seqlens is not None:
-        padding = layout.pad()
-        tensors = [padding.pad(x) for x in tensors]
-    return reference.policy_loss(*tensors, scale, **settings)
+    constants = (old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale)
+    flat = (None if x is None else x.detach().contiguous() for x in constants)
+    loss, sums, _ = torch.ops.srpo.policy_loss(
+        logps.contiguous(), *flat, layout.cu_seqlens, **settings, backend=backend
+    )
+    return loss, sums

@@ -220,38 +220,66 @@ def policy_loss(
     delta: float | None,
     beta: float,
     importance_sampling_level: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the loss `[R]` of padded trajectories, differentiable in `logps`, and `[R, 3]` metric sums.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss `[R]`, metric sums `[R, 3]` and `coefficient` = d loss / d logps `[R, T]` of padded trajectories.
 
     l = -min(min(rho, delta) * A * w, clip(rho, 1 - epsilon_low, 1 + epsilon_high) * A * w) * is_ratio + beta * k3
     loss_i = scale_i * sum_t l_it;  the sums are tokens clipped below, tokens clipped above, and the KL
     """
     zero = torch.zeros_like(logps)
     logps = torch.where(mask, logps, zero)
-    old = logps.detach() if old_logps is None else torch.where(mask, old_logps, zero)
-    log_ratio = _difference(logps, old)
+    old = logps if old_logps is None else torch.where(mask, old_logps, zero)
+    log_ratio, log_slope = _difference(logps, old)
     if importance_sampling_level == "sequence_token":
-        log_ratio = _masked_mean(log_ratio, mask).detach() + (log_ratio - log_ratio.detach())
+        log_ratio = _masked_mean(log_ratio, mask).expand_as(log_ratio)
     ratio = log_ratio.clamp(max=RATIO_LOG_MAX).exp()
+    ratio_slope = torch.where(log_ratio <= RATIO_LOG_MAX, ratio, zero) * log_slope
     sign = torch.where(mask, advantages, zero)
     advantage = torch.where(mask, advantages * weights, zero)
     if loss_type == "cispo":
-        policy = -ratio.clamp(max=epsilon_high).detach() * advantage * logps
-        policy = torch.where(advantage == 0, zero, policy)  # a banned token with advantage 0 would be 0 * inf
+        bound = ratio.clamp(max=epsilon_high)
+        # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
+        policy, slope = torch.where(advantage == 0, zero, -bound * advantage * logps), -bound * advantage
         low, high = torch.zeros_like(mask), (ratio > epsilon_high) & (sign > 0)
     else:
-        free = ratio if delta is None else ratio.clamp(max=delta)
-        policy = -torch.min(free * advantage, ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high) * advantage)
+        delta = torch.inf if delta is None else delta
+        value, value_slope = clipped_surrogate(ratio, advantage, 1.0 - epsilon_low, 1.0 + epsilon_high, delta)
+        policy, slope = -value, -value_slope * ratio_slope
+        free = ratio.clamp(max=delta)
         low, high = (free < 1.0 - epsilon_low) & (sign < 0), (free > 1.0 + epsilon_high) & (sign > 0)
     if importance_sampling_ratio is not None:
         correction = torch.where(importance_sampling_ratio.isnan(), 1.0, importance_sampling_ratio)
-        policy = policy * torch.where(mask, correction, zero)
-    kl = k3(-_difference(torch.where(mask, ref_logps, zero), logps).clamp(max=RATIO_LOG_MAX)) if beta != 0.0 else zero
-    per_token = torch.where(mask, policy + beta * kl, zero)
-    sums = torch.stack([(low & mask).sum(-1).to(kl.dtype), (high & mask).sum(-1).to(kl.dtype), kl.detach().sum(-1)], -1)
-    return per_token.sum(-1) * scale, sums
+        correction = torch.where(mask, correction, zero)
+        policy, slope = policy * correction, slope * correction
+    kl = zero
+    if beta != 0.0:
+        log_ref_ratio, ref_slope = _difference(torch.where(mask, ref_logps, zero), logps)
+        kl = k3(-log_ref_ratio.clamp(max=RATIO_LOG_MAX))
+        kl_slope = torch.where(log_ref_ratio <= RATIO_LOG_MAX, -torch.expm1(log_ref_ratio) * ref_slope, zero)
+        policy, slope = policy + beta * kl, slope + beta * kl_slope
+    sums = torch.stack([(low & mask).sum(-1).to(kl.dtype), (high & mask).sum(-1).to(kl.dtype), kl.sum(-1)], -1)
+    coefficient = torch.where(mask, slope * scale[:, None], zero)
+    return torch.where(mask, policy, zero).sum(-1) * scale, sums, coefficient
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Return a - b, and 0 without a gradient where both are -inf."""
-    return torch.where((a == b) & a.isinf(), torch.zeros_like(a), a - b)
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, lowest: float, highest: float, delta: float
+) -> tuple[Tensor, Tensor]:
+    """Return min(min(ratio, delta) * A, clip(ratio) * A) and its slope in the ratio.
+
+    Ties follow torch: clamp passes the gradient at its bounds, min splits it evenly between equal arguments.
+    """
+    zero = torch.zeros_like(ratio)
+    free, bound = ratio.clamp(max=delta) * advantage, ratio.clamp(lowest, highest) * advantage
+    free_slope = torch.where(ratio <= delta, advantage, zero)
+    bound_slope = torch.where((ratio >= lowest) & (ratio <= highest), advantage, zero)
+    tie = 0.5 * free_slope + 0.5 * bound_slope
+    slope = torch.where(free < bound, free_slope, torch.where(free > bound, bound_slope, tie))
+    return torch.min(free, bound), slope
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (a - b, slope): 0 and slope 0 where both are -inf."""
+    both_banned = (a == b) & a.isinf()
+    zero = torch.zeros_like(a)
+    return torch.where(both_banned, zero, a - b), torch.where(both_banned, zero, torch.ones_like(a))

@@ -1,0 +1,88 @@
+"""The row and the trajectory functions on either backend, below autograd.
+
+`ops.py` registers them, `linear_head.py` calls them on its chunks. Kernels are imported when first launched, so that
+nothing here loads Triton.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import launch, reference, row_chunks
+from srpo_kernels.layout import Layout
+
+
+def row_statistics(
+    streams: list[Tensor], ids: Tensor, row_mask: Tensor, temperature: float, return_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `logps`, `row_max`, `log_sum` `[S, B, T]` of streams `[B, T or T+1, V]`; `entropy` `[B, T]`, or empty."""
+    if backend == "triton":
+        from srpo_kernels.selected_logps import row_statistics_fwd
+
+        with launch.device_guard(ids.device):
+            return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
+    results = [
+        row_chunks.row_statistics(x, ids, row_mask[s], temperature, return_entropy and s == 0)
+        for s, x in enumerate(streams)
+    ]
+    dtype = results[0][0].dtype
+    stacked = (torch.stack([r[k].to(dtype) for r in results]) for k in range(3))
+    return *stacked, results[0][3] if return_entropy else results[0][3].new_empty(0)
+
+
+def statistics_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    """Return the dtype of what `row_statistics` and `policy_loss` return for inputs of a dtype."""
+    return torch.float32 if backend == "triton" else row_chunks.compute_dtype(dtype)
+
+
+def logits_gradient(out: Tensor, *arguments: Any, backend: str) -> None:
+    """Write the gradient of logits into `out`, which may be the logits; arguments as `row_chunks.logits_gradient`."""
+    if backend == "triton":
+        from srpo_kernels.selected_logps import logits_gradient_bwd
+
+        with launch.device_guard(out.device):
+            logits_gradient_bwd(out, *arguments)
+    else:
+        row_chunks.logits_gradient(out, *arguments)
+
+
+def token_credit(
+    *tensors: Tensor | None, cu_seqlens: Tensor | None, n_trajectories: int, backend: str, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `contrast`, `weights`, `flags` per token and `baseline` `[R]`.
+
+    Args:
+        tensors: contrast, base, corrupted, ablated, role_ids, mask, advantages; contiguous, per token.
+    """
+    if backend == "triton":
+        from srpo_kernels.token_credit import token_credit_fwd
+
+        with launch.device_guard(tensors[5].device):
+            return token_credit_fwd(*tensors, cu_seqlens, n_trajectories, **settings)
+    if cu_seqlens is None:
+        return reference.token_credit(*tensors, **settings)
+    padding = Layout(tuple(tensors[5].shape), cu_seqlens).pad()
+    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), **settings)
+    return *(padding.pack(x, tensors[5].shape[0]) for x in per_token), baseline
+
+
+def policy_loss(
+    *tensors: Tensor | None, scale: Tensor, cu_seqlens: Tensor | None, backend: str, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss `[R]` and metric sums `[R, 3]` of each trajectory, and `coefficient` = d loss / d logps.
+
+    Args:
+        tensors: logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask; contiguous.
+        scale: `[R]`.
+    """
+    if backend == "triton":
+        from srpo_kernels.policy_loss import policy_loss_fwd
+
+        with launch.device_guard(tensors[0].device):
+            return policy_loss_fwd(*tensors, scale, cu_seqlens, **settings)
+    if cu_seqlens is None:
+        return reference.policy_loss(*tensors, scale, **settings)
+    padding = Layout(tuple(tensors[0].shape), cu_seqlens).pad()
+    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale, **settings)
+    return loss, sums, padding.pack(coefficient, tensors[0].shape[0])
