@@ -18,15 +18,11 @@ from srpo.errors import (
     ShapeError,
     SRPOError,
 )
-from srpo.loss import (
-    LossOutput,
-    SelectedLogps,
-    role_weighted_grpo_loss,
-    role_weighted_grpo_loss_from_logps,
-    selected_logps,
-)
+from srpo.hidden import role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
+from srpo.loss import SelectedLogps, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
 from srpo.metrics import MetricSums
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
+from srpo.stage import LossOutput
 
 __version__ = "0.1.0"
 
@@ -53,8 +49,10 @@ __all__ = [
     "role_contrast",
     "role_ids_from_completions",
     "role_weighted_grpo_loss",
+    "role_weighted_grpo_loss_from_hidden",
     "role_weighted_grpo_loss_from_logps",
     "selected_logps",
+    "selected_logps_from_hidden",
     "token_advantages",
     "token_weights",
 ]

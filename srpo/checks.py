@@ -5,6 +5,7 @@ was called, which argument, what it got, what was expected, and one fix.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -147,20 +148,26 @@ def advantages_of(call: Call, advantages: Any, mask: Tensor, layout: Layout) -> 
 
 
 def contrast_inputs(
-    call: Call, credit: CreditConfig, layout: Layout, logps: dict[str, Any], logits: dict[str, Any], vocabulary: int
+    call: Call,
+    credit: CreditConfig,
+    layout: Layout,
+    logps: dict[str, Any],
+    live: dict[str, Any],
+    check_live: Callable[[str, Any], Any] | None = None,
+    kind: str = "logits",
 ) -> None:
-    """Check that each contrast stream that `credit` reads is given exactly once, as log-probs or as live logits."""
+    """Check that each contrast stream that `credit` reads is given exactly once, as log-probs or live, as a `kind`."""
     for stream in ("corrupted", "ablated"):
-        name, live_name = f"{stream}_logps", f"{stream}_logits"
-        given, live = logps.get(stream), logits.get(stream)
-        if given is not None and live is not None:
+        name, live_name = f"{stream}_logps", f"{stream}_{kind}"
+        given, scored_here = logps.get(stream), live.get(stream)
+        if given is not None and scored_here is not None:
             fix = f"drop {live_name} when {name} were scored before"
-            call.fail(ConfigError, live_name, f"logits together with {name}", "one of the two", fix)
+            call.fail(ConfigError, live_name, f"{kind} together with {name}", "one of the two", fix)
         if given is not None:
             call.tensor(name, given, [layout.shape], tokens(layout), "float")
-        if live is not None:
-            logits_of(call, live_name, live, layout, vocabulary)
-        if stream in credit.streams and given is None and live is None:
+        if scored_here is not None and check_live is not None:
+            check_live(live_name, scored_here)
+        if stream in credit.streams and given is None and scored_here is None:
             fix = (
                 f"score the {stream} stream, set reasoning_signal='image_independence' to need no ablated stream, "
                 "or use PRESETS['grpo']"
@@ -169,19 +176,80 @@ def contrast_inputs(
             call.fail(ConfigError, name, "None", signal, fix)
 
 
-def logits_of(call: Call, name: str, logits: Any, layout: Layout, vocabulary: int | None = None) -> None:
-    """Check logits `[B, T, V]` or `[B, T + 1, V]`, or packed `[N, V]`."""
-    padded = layout.cu_seqlens is None
-    rank, names = (3, "[B, T, V] or [B, T + 1, V]") if padded else (2, "[N, V]")
-    if not isinstance(logits, Tensor) or logits.dim() != rank:
-        call.fail(ShapeError, name, describe(logits), names, "keep the vocabulary as the last dimension")
-    V = logits.shape[-1] if vocabulary is None else vocabulary
-    shapes = [(*layout.shape, V)]
-    if padded:
-        shapes.append((layout.shape[0], layout.shape[1] + 1, V))
-    call.tensor(name, logits, shapes, names, "float")
+def logits_of(call: Call, name: str, logits: Any, layout: Layout, vocabulary: int | None = None) -> int:
+    """Check logits `[B, T, V]` or `[B, T + 1, V]`, or packed `[N, V]`; return V."""
+    V = _rows_of(call, name, logits, layout, "V", "keep the vocabulary as the last dimension", vocabulary)
     if V == 0:
         call.fail(ShapeError, name, describe(logits), "a vocabulary of at least 1", "pass the head's output")
+    return V
+
+
+def _rows_of(call: Call, name: str, x: Any, layout: Layout, letter: str, fix: str, width: int | None) -> int:
+    """Check one row a token, `[B, T, width]` or `[B, T + 1, width]`, or packed `[N, width]`; return the width."""
+    padded = layout.cu_seqlens is None
+    names = f"[B, T, {letter}] or [B, T + 1, {letter}]" if padded else f"[N, {letter}]"
+    if not isinstance(x, Tensor) or x.dim() != len(layout.shape) + 1:
+        call.fail(ShapeError, name, describe(x), names, fix)
+    width = x.shape[-1] if width is None else width
+    shapes = [(*layout.shape, width)]
+    if padded:
+        shapes.append((layout.shape[0], layout.shape[1] + 1, width))
+    call.tensor(name, x, shapes, names, "float")
+    return width
+
+
+def hidden_of(call: Call, name: str, hidden: Any, layout: Layout, like: Tensor | None = None) -> None:
+    """Check hidden states `[B, T, H]` or `[B, T + 1, H]`, or packed `[N, H]`, of the width and dtype of `like`."""
+    fix = "pass the states that the head would be called on"
+    _rows_of(call, name, hidden, layout, "H", fix, None if like is None else like.shape[-1])
+    if like is not None and hidden.dtype != like.dtype:
+        expected = f"{like.dtype}, the dtype of {call.argument}"
+        call.fail(DtypeError, name, describe(hidden), expected, f"pass {name}.to({like.dtype})")
+
+
+def head_of(call: Call, hidden: Tensor, weight: Any, bias: Any) -> int:
+    """Check a vocabulary head `[V, H]` with bias `[V]` against checked hidden states; return V."""
+    name = "lm_head_weight"
+    if hasattr(weight, "ds_status"):
+        fix = "call this inside deepspeed.zero.GatheredParameters([lm_head_weight])"
+        call.fail(DeviceError, name, "a ZeRO-3 shard", "the whole parameter", fix)
+    H = hidden.shape[-1]
+    rows = weight.shape[:1] if isinstance(weight, Tensor) and weight.dim() == 2 else (0,)
+    call.tensor(name, weight, [(*rows, H)], "[V, H]", "float")
+    if rows[0] == 0:
+        call.fail(ShapeError, name, describe(weight), "[V, H] with a vocabulary of at least 1", "pass lm_head.weight")
+    if bias is not None:
+        call.tensor("bias", bias, [tuple(rows)], "[V]", "float")
+    for part, x in ((name, weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            fix = f"cast one of the two, or run under torch.autocast({call.device.type!r})"
+            call.fail(DtypeError, part, describe(x), f"{hidden.dtype}, the dtype of {call.argument}", fix)
+    return rows[0]
+
+
+def temperature(call: Call, value: Any) -> None:
+    """Check a sampling temperature."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < torch.inf:
+        fix = "pass the temperature that the rollout was sampled with"
+        call.fail(ConfigError, "temperature", repr(value), "a positive number", fix)
+
+
+def workspace(call: Call, workspace_bytes: Any) -> None:
+    """Check a budget in bytes, or None."""
+    x = workspace_bytes
+    if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x <= 0):
+        fix = "pass None, or for example 256 << 20"
+        call.fail(ConfigError, "workspace_bytes", describe(x), "a positive number of bytes", fix)
+
+
+def process_group_name(call: Call, process_group: Any) -> str:
+    """Return the name of the group that holds the shards of the vocabulary, "" for None."""
+    if process_group is None:
+        return ""
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        fix = "pass torch.distributed.new_group(...) or mesh.get_group()"
+        call.fail(ConfigError, "process_group", describe(process_group), "a torch.distributed.ProcessGroup", fix)
+    return process_group.group_name
 
 
 def loss_inputs(

@@ -79,7 +79,7 @@ def role_contrast(
         contrast_clamp=credit.contrast_clamp,
         strict_finite=credit.strict_finite,
     )
-    checks.contrast_inputs(call, plain, layout, streams, {}, 0)
+    checks.contrast_inputs(call, plain, layout, streams, {})
     chosen = checks.backend_of(call, backend, logps.dtype)
     return run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, **streams).contrast
 

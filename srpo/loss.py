@@ -1,35 +1,16 @@
 """The loss: clipped GRPO with role-aware token weights, from logits or from log-probs."""
 
-from typing import Any, Literal, NamedTuple, overload
+import functools
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
-from srpo.credit import Credit, as_dtype, compute_dtype, run_credit, settings_of
 from srpo.errors import ConfigError
-from srpo.metrics import MetricSums, credit_sums, loss_sums
+from srpo.stage import LossOutput, Stage, check_selection, rows_read
 from srpo_kernels import ops
-from srpo_kernels.layout import Layout
-
-
-class LossOutput(NamedTuple):
-    """What a loss call returns. Only `loss` carries a gradient.
-
-    Args:
-        loss: 0-d.
-        logps: `[B, T]` log-probs of the completion tokens under the current policy, 0 on masked tokens.
-        weights: `[B, T]` token weights that were multiplied into the advantages, 0 on masked tokens.
-        entropy: `[B, T]` entropy of the next-token distribution in nats, 0 on masked tokens; None without logits.
-        metrics: sums and counts, read as a mapping from metric names to 0-d tensors.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    weights: Tensor
-    entropy: Tensor | None
-    metrics: MetricSums
 
 
 class SelectedLogps(NamedTuple):
@@ -105,18 +86,20 @@ def role_weighted_grpo_loss(
     """
     call = checks.Call("role_weighted_grpo_loss", logits, "logits", validate_values)
     checks.configs(call, credit, loss)
-    stage = _Stage(call, credit, loss, backend, logits.dtype)
-    layout, mask, ids = _check_selection(call, logits, completion_ids, completion_mask, cu_seqlens)
+    stage = Stage(call, credit, loss, backend, logits.dtype)
+    check_logits = functools.partial(checks.logits_of, call, "logits", logits)
+    layout, mask, ids = check_selection(call, completion_ids, completion_mask, cu_seqlens, check_logits)
     stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
     checks.normaliser(call, num_items_in_batch)
     given = {"corrupted": corrupted_logps, "ablated": ablated_logps}
     live = {"corrupted": corrupted_logits, "ablated": ablated_logits}
-    stage.check_contrasts(given, live, logits.shape[-1])
+    V = logits.shape[-1]
+    stage.check_contrasts(given, live, lambda name, x: checks.logits_of(call, name, x, layout, V))
     if inplace_backward:
         _check_inplace(call, logits)
 
     needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
-    row_masks = [mask, *(_rows_read(s, stage.role_ids, mask, credit) for s in needs)]
+    row_masks = [mask, *(rows_read(s, stage.role_ids, mask, credit) for s in needs)]
     padded = layout.cu_seqlens is None
     streams = {s: x if padded else x[None] for s, x in needs.items()}
     logps, _, _, entropy = ops.row_statistics(
@@ -178,14 +161,14 @@ def role_weighted_grpo_loss_from_logps(
     """
     call = checks.Call("role_weighted_grpo_loss_from_logps", logps, "logps", validate_values)
     checks.configs(call, credit, loss)
-    stage = _Stage(call, credit, loss, backend, logps.dtype)
+    stage = Stage(call, credit, loss, backend, logps.dtype)
     layout = checks.layout_of(call, "logps", logps, cu_seqlens)
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
     stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
     checks.normaliser(call, num_items_in_batch)
     contrasts = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-    stage.check_contrasts(contrasts, {}, 0)
+    stage.check_contrasts(contrasts, {})
     return stage.run(logps, None, contrasts, num_items_in_batch)
 
 
@@ -245,12 +228,11 @@ def selected_logps(
     Source: TRL's `selective_log_softmax`, which this replaces.
     """
     call = checks.Call("selected_logps", logits, "logits", validate_values)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0.0 < temperature < torch.inf:
-        fix = "pass the temperature that the rollout was sampled with"
-        call.fail(ConfigError, "temperature", repr(temperature), "a positive number", fix)
+    checks.temperature(call, temperature)
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
     one = torch.arange(2, device=logits.device) * completion_ids.numel() if packed else None
-    layout, valid, ids = _check_selection(call, logits, completion_ids, mask, one)
+    check_logits = functools.partial(checks.logits_of, call, "logits", logits)
+    layout, valid, ids = check_selection(call, completion_ids, mask, one, check_logits)
     chosen = checks.backend_of(call, backend, logits.dtype)
     logps, _, _, entropy = ops.row_statistics(
         logits[None] if packed else logits,
@@ -264,143 +246,12 @@ def selected_logps(
     return SelectedLogps(shaped, entropy.reshape(layout.shape)) if return_entropy else shaped
 
 
-class _Stage:
-    """The credit and the loss stage of one call, on checked and canonical arguments."""
-
-    def __init__(self, call: checks.Call, credit: CreditConfig, loss: LossConfig, backend: str, dtype: torch.dtype):
-        self.call, self.credit, self.loss = call, credit, loss
-        self.backend = checks.backend_of(call, backend, dtype)
-        self.streams: tuple[str, ...] = ()
-
-    def check(
-        self,
-        layout: Layout,
-        mask: Tensor,
-        advantages: Any,
-        role_ids: Any,
-        weights: Any,
-        old_logps: Any,
-        ref_logps: Any,
-        importance_sampling_ratio: Any,
-    ) -> None:
-        self.layout, self.mask = layout, mask
-        self.advantages = checks.advantages_of(self.call, advantages, mask, layout)
-        self.has_roles = role_ids is not None
-        self.role_ids = checks.roles_of(self.call, role_ids, mask, layout) if self.has_roles else torch.zeros_like(mask)
-        self.weights = weights
-        if self.has_roles and weights is None:
-            self.streams = self.credit.streams
-        ratio = importance_sampling_ratio
-        checks.loss_inputs(self.call, self.loss, layout, mask, old_logps, ref_logps, ratio)
-        self.old_logps, self.ref_logps = old_logps, ref_logps
-        if ratio is not None and tuple(ratio.shape) != layout.shape:
-            ratio = layout.spread(ratio[:, 0])
-        self.is_ratio = ratio
-
-    def check_contrasts(self, given: dict[str, Any], live: dict[str, Any], vocabulary: int) -> None:
-        call, layout = self.call, self.layout
-        named = {f"{s}_logps": x for s, x in given.items()} | {f"{s}_logits": x for s, x in live.items()}
-        if self.weights is not None:
-            self.weights = checks.given_weights(call, self.weights, self.mask, layout, named)
-        elif not self.has_roles:
-            for name, x in named.items():
-                if x is not None:
-                    fix = "pass role_ids from role_ids_from_completions, or drop the contrast streams"
-                    call.fail(ConfigError, "role_ids", f"None together with {name}", "role ids [B, T]", fix)
-        else:
-            checks.contrast_inputs(call, self.credit, layout, given, live, vocabulary)
-
-    def run(self, logps: Tensor, entropy: Tensor | None, contrasts: dict[str, Any], normaliser: Any) -> LossOutput:
-        dtype = compute_dtype(logps, self.backend)
-        logps = logps.to(dtype)
-        mask, layout = self.mask, self.layout
-        credit = self._credit(logps, contrasts) if self.streams else None
-        weights = credit.weights if credit else mask if self.weights is None else self.weights
-        weights = torch.where(mask, weights.to(dtype), 0.0)
-        advantages = self.advantages.to(dtype)
-        counts = layout.token_counts(mask).to(dtype)
-        per_trajectory, clip_and_kl = ops.policy_loss(
-            logps,
-            as_dtype(self.old_logps, dtype),
-            as_dtype(self.ref_logps, dtype),
-            as_dtype(self.is_ratio, dtype),
-            advantages,
-            weights,
-            mask,
-            _scale(self.loss, counts, normaliser),
-            layout,
-            backend=self.backend,
-            **settings_of(self.loss, without=("temperature", "max_completion_length")),
-        )
-        metrics = self._metrics(credit, advantages, counts, clip_and_kl, entropy)
-        shown = torch.where(mask, logps.detach(), 0.0)
-        return LossOutput(per_trajectory.sum(), shown, weights, entropy, metrics)
-
-    def _credit(self, logps: Tensor, contrasts: dict[str, Any]) -> Credit:
-        base = logps.detach() if self.old_logps is None else self.old_logps
-        chosen = {s: contrasts[s] for s in self.streams}
-        return run_credit(
-            self.call, self.layout, self.mask, self.role_ids, self.advantages, self.credit, self.backend,
-            base=base, **chosen,
-        )  # fmt: skip
-
-    def _metrics(
-        self, credit: Credit | None, advantages: Tensor, counts: Tensor, clip_and_kl: Tensor, entropy: Tensor | None
-    ) -> MetricSums:
-        groups = {"cispo" if self.loss.loss_type == "cispo" else "clip"}
-        groups |= {"kl"} if self.loss.beta != 0.0 else set()
-        groups |= {"entropy"} if entropy is not None else set()
-        sums = [loss_sums(self.mask, advantages, counts, clip_and_kl, entropy, self.layout)]
-        if credit is not None:
-            groups.add("credit")
-            sums.append(credit_sums(*credit, self.role_ids, self.mask, advantages))
-        return MetricSums(torch.cat(sums), frozenset(groups))
-
-
-def _scale(loss: LossConfig, counts: Tensor, num_items_in_batch: Any) -> Tensor:
-    """Return the factor `[R]` that each trajectory's sum of token losses is reduced with."""
-    R = counts.shape[0]
-    if loss.loss_type == "grpo":
-        return 1.0 / (counts.clamp(min=1.0) * R) if R else counts
-    if loss.loss_type == "dr_grpo":
-        return torch.full_like(counts, 1.0 / (max(R, 1) * (loss.max_completion_length or 1)))
-    items = counts.sum() if loss.loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
-    if isinstance(items, Tensor):
-        items = items.reshape(())
-    items = counts.new_ones(()) * items  # to the device and dtype without a sync
-    return torch.where(items > 0, 1.0 / items, 1.0).expand_as(counts)
-
-
-def _check_selection(
-    call: checks.Call, logits: Tensor, completion_ids: Any, completion_mask: Any, cu_seqlens: Any
-) -> tuple[Layout, Tensor, Tensor]:
-    if not isinstance(completion_ids, Tensor):
-        call.tensor("completion_ids", completion_ids, [], "[B, T]", "int")
-    layout = checks.layout_of(call, "completion_ids", completion_ids, cu_seqlens)
-    call.tensor("completion_ids", completion_ids, [layout.shape], checks.tokens(layout), "int")
-    checks.logits_of(call, "logits", logits, layout)
-    mask = checks.mask_of(call, completion_mask, layout)
-    fix = "mask tokens that are not to be scored"
-    call.within("completion_ids", completion_ids, 0, logits.shape[-1] - 1, mask, "token ids", fix)
-    return layout, mask.contiguous(), completion_ids.long().contiguous()
-
-
 def _check_inplace(call: checks.Call, logits: Tensor) -> None:
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if (logits.is_leaf and logits.requires_grad) or overlaps:
         got = "True with expanded logits" if overlaps else "True with leaf logits"
         fix = "drop inplace_backward, or pass the output of the head itself"
         call.fail(ConfigError, "inplace_backward", got, "logits that an op computed and nothing else needs", fix)
-
-
-def _rows_read(stream: str, role_ids: Tensor, mask: Tensor, credit: CreditConfig) -> Tensor:
-    """Return which rows of a live contrast stream the credit stage reads."""
-    if stream == "ablated":
-        return mask & (role_ids == 2)
-    reads = role_ids == 1
-    if credit.reasoning_signal == "image_independence":
-        reads = reads | (role_ids == 2)
-    return mask & reads
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ _ROLES = ("perception", "reasoning")
 _SIGNS = ("negative", "zero", "positive")
 _CELL_SUMS = ("n", "contrast", "contrast_squared", "clipped", "weight", "weight_squared")
 _CELLS = [f"{role}/{sign}" for role in _ROLES for sign in _SIGNS]
-_LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage")
+_LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage", "rows")
 _CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", *(f"{c}/{s}" for c in _CELLS for s in _CELL_SUMS))
 
 
@@ -28,7 +28,7 @@ class MetricSums(Mapping[str, Tensor]):
 
     Args:
         sums: `[K]` float64, detached.
-        groups: which metrics the sums can form: of `"clip"`, `"cispo"`, `"kl"`, `"entropy"`, `"credit"`.
+        groups: which metrics the sums can form: of `"clip"`, `"cispo"`, `"kl"`, `"entropy"`, `"rows"`, `"credit"`.
     """
 
     def __init__(self, sums: Tensor, groups: frozenset[str]) -> None:
@@ -65,9 +65,13 @@ class MetricSums(Mapping[str, Tensor]):
             named["clip_ratio/region_mean"] = (s["clip_low"] + s["clip_high"]) / tokens
         if "cispo" in self.groups:
             named["cispo_clip_ratio"] = s["clip_high"] / tokens
-        for name in ("kl", "entropy"):
-            if name in self.groups:
-                named[name] = s[name] / tokens
+        if "kl" in self.groups:
+            named["kl"] = s["kl"] / tokens
+        if "entropy" in self.groups:  # over the tokens whose distribution was computed
+            named["entropy"] = s["entropy"] / s["rows"].clamp(min=1)
+        if "rows" in self.groups:
+            named["srpo/rows_scored"] = s["rows"]
+            named["srpo/rows_skipped"] = s["tokens"] - s["rows"]
         named["srpo/zero_advantage_fraction"] = s["zero_advantage"] / s["sequences"].clamp(min=1)
         if "credit" in self.groups:
             named.update(_credit_scalars(s))
@@ -100,20 +104,20 @@ def _credit_scalars(s: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss_sums(
-    mask: Tensor, advantages: Tensor, counts: Tensor, clip_and_kl: Tensor, entropy: Tensor | None, layout: Layout
+    mask: Tensor, rows: Tensor, advantages: Tensor, clip_and_kl: Tensor, entropy: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return the sums of the loss stage, in the order of `_LOSS_KEYS`.
 
     Args:
-        mask, advantages, entropy: per token.
-        counts: `[R]` valid tokens of each trajectory.
+        mask, rows, advantages, entropy: per token; `rows` are the tokens whose log-probs were computed.
         clip_and_kl: `[R, 3]` as `srpo_kernels.ops.policy_loss` returns them.
     """
+    counts = layout.token_counts(mask)
     sequences = (counts > 0).sum()
     informative = (layout.token_counts(mask & (advantages != 0)) > 0).sum()
     entropies = counts.new_zeros(()) if entropy is None else entropy.double().sum()
     low, high, kl = clip_and_kl.double().sum(0).unbind()
-    totals = (counts.sum(), sequences, low, high, kl, entropies, sequences - informative)
+    totals = (mask.sum(), sequences, low, high, kl, entropies, sequences - informative, rows.sum())
     return torch.stack([x.double() for x in totals]).detach()
 
 

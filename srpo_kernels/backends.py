@@ -36,7 +36,7 @@ def statistics_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
     return torch.float32 if backend == "triton" else row_chunks.compute_dtype(dtype)
 
 
-def logits_gradient(out: Tensor, *arguments: Any, backend: str) -> None:
+def logits_gradient(out: Tensor, *arguments: Any, whole_rows: bool = True, backend: str) -> None:
     """Write the gradient of logits into `out`, which may be the logits; arguments as `row_chunks.logits_gradient`."""
     if backend == "triton":
         from srpo_kernels.selected_logps import logits_gradient_bwd
@@ -44,7 +44,7 @@ def logits_gradient(out: Tensor, *arguments: Any, backend: str) -> None:
         with launch.device_guard(out.device):
             logits_gradient_bwd(out, *arguments)
     else:
-        row_chunks.logits_gradient(out, *arguments)
+        row_chunks.logits_gradient(out, *arguments, whole_rows)
 
 
 def token_credit(

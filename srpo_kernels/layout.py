@@ -23,10 +23,16 @@ class Layout:
         """Return the number of trajectories, empty ones included."""
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
+    def ends(self) -> Tensor:
+        """Return one past the last token of each trajectory, `[R]`, counting tokens from the first trajectory."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[1:].long()
+        return torch.arange(1, self.shape[0] + 1) * self.shape[1]
+
     def trajectory_of_token(self) -> Tensor:
         """Return the index of the trajectory of each packed token, `[N]`, without a device sync."""
         tokens = torch.arange(self.shape[0], device=self.cu_seqlens.device)
-        return torch.bucketize(tokens, self.cu_seqlens[1:].long(), right=True)
+        return torch.bucketize(tokens, self.ends(), right=True)
 
     def spread(self, per_trajectory: Tensor) -> Tensor:
         """Return the value `[R]` of each token's trajectory, in the shape of the tokens."""

@@ -84,7 +84,7 @@ def _logits_gradient(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    out = row_chunks.new_gradient(logits)
+    out = row_chunks.in_huge_pages(torch.empty_like(logits))
     backends.logits_gradient(
         out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend=backend
     )

@@ -62,17 +62,19 @@ def logits_gradient(
     grad_logps: Tensor,
     grad_entropy: Tensor | None,
     temperature: float,
+    whole_rows: bool = True,
     workspace: tuple[Tensor | None, ...] = (None, None),
 ) -> Tensor:
     """Return d(grad_logps * logp + grad_entropy * H) / dlogits for rows `[n, V]`.
 
     dlogits = (grad_logps * (onehot - p) - grad_entropy * p * (log p + H)) / temperature
 
-    `workspace` lends two `[n, V]` buffers: the first may be `logits`, the second receives the result and may be
-    `logits` when there is no entropy gradient.
+    Rows that are a shard of the vocabulary are not `whole_rows`: their p does not sum to 1, and id -1 is in another
+    shard. `workspace` lends two `[n, V]` buffers: the first may be `logits`, the second receives the result and may be
+    `logits` when the rows are whole and there is no entropy gradient.
     """
     upstream = grad_logps[:, None] / temperature
-    if grad_entropy is None:
+    if whole_rows and grad_entropy is None:
         z = logits
         if temperature != 1.0:
             z = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature)
@@ -81,9 +83,13 @@ def logits_gradient(
     else:
         log_probs = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature).sub_(log_sum[:, None])
         grad = torch.exp(log_probs, out=workspace[1])
-        slope = log_probs.clamp_(min=-1e6).add_(entropy[:, None]).mul_(grad_entropy[:, None] / temperature)
-        grad.mul_(slope.add_(upstream).neg_())
-    return grad.scatter_add_(-1, ids[:, None], upstream)
+        slope = upstream
+        if grad_entropy is not None:
+            slope = log_probs.clamp_(min=-1e6).add_(entropy[:, None]).mul_(grad_entropy[:, None] / temperature)
+            slope.add_(upstream)
+        grad.mul_(slope).neg_()
+    at_target = upstream if whole_rows else torch.where(ids[:, None] >= 0, upstream, 0.0)
+    return grad.scatter_add_(-1, ids.clamp(min=0)[:, None], at_target)
 
 
 def k3(d: Tensor) -> Tensor:

@@ -50,18 +50,17 @@ def row_statistics(
     return tuple(rows.spread(sums[4] if x is None else x) for x in statistics)
 
 
-def new_gradient(logits: Tensor) -> Tensor:
-    """Return an uninitialised tensor like `logits`, in huge pages where Linux has them.
+def in_huge_pages(x: Tensor) -> Tensor:
+    """Return `x`, freshly allocated and untouched, after asking Linux for huge pages under it.
 
-    The first touch of 4 KiB pages costs a CPU more than the arithmetic of the gradient that is written to them.
+    The first touch of 4 KiB pages costs a CPU more than the arithmetic of a gradient that is written to them.
     """
-    out = torch.empty_like(logits)
-    if out.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = out.data_ptr() + out.untyped_storage().nbytes() - start
+    if x.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = x.data_ptr() + x.untyped_storage().nbytes() - start
         if size >= mmap.PAGESIZE:  # a hint: where the kernel refuses it, nothing is lost
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return out
+    return x
 
 
 @functools.cache
@@ -79,8 +78,12 @@ def logits_gradient(
     grad_logps: Tensor,
     grad_entropy: Tensor | None,
     temperature: float,
+    whole_rows: bool = True,
 ) -> None:
-    """Write the gradient of `logits` into `out` (which may be `logits`); rows without upstream gradient become 0."""
+    """Write the gradient of `logits` into `out` (which may be `logits`); rows without upstream gradient become 0.
+
+    `whole_rows` says that a row holds its whole vocabulary. In a shard the id -1 stands for a token of another one.
+    """
     needed = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     rows, idle = _Rows(needed), _Rows(~needed)
     ids, *vectors = (
@@ -95,7 +98,7 @@ def logits_gradient(
         direct = writes_directly and isinstance(chunk.rows, slice)
         of_chunk = (None if v is None else v[chunk.place] for v in vectors)
         workspace = (z, target if direct else probs)
-        grad = reference.logits_gradient(x, ids[chunk.place], *of_chunk, temperature, workspace)
+        grad = reference.logits_gradient(x, ids[chunk.place], *of_chunk, temperature, whole_rows, workspace)
         if not direct:
             out[chunk.b, chunk.rows] = grad.to(out.dtype)
 

@@ -68,11 +68,11 @@ def test_ops_in_the_worker_threads_are_serial():
         torch.set_num_threads(before)
 
 
-def test_the_gradient_asks_for_huge_pages():
+def test_large_results_ask_for_huge_pages():
     maps = pathlib.Path("/proc/self/smaps")
     if not maps.exists() or not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no huge pages on this system")
-    out = row_chunks.new_gradient(torch.empty(64 << 18))  # 64 MiB: a mapping of its own
+    out = row_chunks.in_huge_pages(torch.empty(64 << 18))  # 64 MiB: a mapping of its own
     middle = out.data_ptr() + out.nbytes // 2
     inside = False
     for line in maps.read_text().splitlines():

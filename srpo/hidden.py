@@ -1,0 +1,259 @@
+"""The loss and the log-probs from hidden states and the vocabulary head: logits `[B, T, V]` never exist."""
+
+import functools
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.config import CreditConfig, LossConfig
+from srpo.credit import as_dtype, compute_dtype, settings_of
+from srpo.loss import SelectedLogps
+from srpo.stage import LossOutput, Stage, check_selection, rows_read
+from srpo_kernels import head_ops
+from srpo_kernels.layout import Layout
+
+
+def role_weighted_grpo_loss_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    role_ids: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    corrupted_logps: Tensor | None = None,
+    ablated_logps: Tensor | None = None,
+    corrupted_hidden: Tensor | None = None,
+    ablated_hidden: Tensor | None = None,
+    weights: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_sampling_ratio: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
+    loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+    workspace_bytes: int | None = None,
+    process_group: Any = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """Compute the role-weighted GRPO loss from hidden states, without ever holding their logits.
+
+    logits = hidden @ lm_head_weight^T + bias, for one chunk of rows at a time; from there as `role_weighted_grpo_loss`
+
+    The gradient of a chunk is computed while its logits exist: forward and backward cost 6NVH operations for N rows,
+    4NVH with a frozen head. N counts the rows that can change the loss: valid, and with an advantage other than 0
+    (every valid row when `loss.beta` is not 0; all rows of a trajectory that has such a row when the coefficient of a
+    token depends on the others: weights from the current log-probs, or `"sequence_token"`).
+
+    Args:
+        hidden: `[B, T, H]`, or `[B, T + 1, H]` whose last position is ignored; the states that the head is called on.
+            fp32, bf16, fp16 or fp64, any strides. Position t predicts token t.
+        lm_head_weight: `[V, H]`, tied to the embedding or not; a shard of the vocabulary with `process_group`.
+        completion_ids, advantages: as in `role_weighted_grpo_loss`.
+        bias: `[V]` of the head.
+        corrupted_hidden: as `hidden`, in place of `corrupted_logps`: only rows of the role are multiplied, no gradient.
+        ablated_hidden: as `hidden`, in place of `ablated_logps`.
+        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, old_logps, ref_logps,
+            importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
+            `role_weighted_grpo_loss`.
+        workspace_bytes: what the logits of a chunk and their gradient may take. None: 512 rows on a CPU; elsewhere
+            4096 rows, or 1024 for a frozen head, in at most 2 GiB. Fewer rows cost time, above all for a head that
+            trains (its gradient is read and written once a chunk); the result does not depend on it beyond rounding.
+        process_group: the ranks that hold the shards of the vocabulary, in rank order. Everything else is the same on
+            all of them, and so is the loss; the gradient of `hidden` is summed over them, that of the head is local.
+
+    Returns: LossOutput. `logps` and `entropy` are 0 on rows that were skipped; `srpo/rows_scored` and
+        `srpo/rows_skipped` count them.
+
+    Gradient: from `loss` to `hidden`, `lm_head_weight` and `bias`, of those that require one.
+
+    Memory: the workspace, the gradients (that of the head once more in fp32 while it is summed), and vectors of
+        `[B, T]`. It does not grow with T beyond `hidden`, its gradient and the vectors.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, NonFiniteError, KernelUnavailableError.
+
+    Source: Jiang & Zou, arXiv 2605.07274; GRPO, arXiv 2402.03300; loss types as TRL's `GRPOTrainer`.
+    """
+    call = checks.Call("role_weighted_grpo_loss_from_hidden", hidden, "hidden", validate_values)
+    checks.configs(call, credit, loss)
+    stage = Stage(call, credit, loss, backend, hidden.dtype)
+    hidden, lm_head_weight, bias, corrupted_hidden, ablated_hidden = _autocast(
+        hidden, lm_head_weight, bias, corrupted_hidden, ablated_hidden
+    )
+    run = _head_settings(call, stage.backend, loss.temperature, workspace_bytes, process_group)
+    check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
+    layout, mask, ids = check_selection(call, completion_ids, completion_mask, cu_seqlens, check_head)
+    stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
+    checks.normaliser(call, num_items_in_batch)
+    contrasts = {"corrupted": corrupted_logps, "ablated": ablated_logps}
+    live = {"corrupted": corrupted_hidden, "ablated": ablated_hidden}
+    stage.check_contrasts(contrasts, live, lambda name, x: checks.hidden_of(call, name, x, layout, hidden), "hidden")
+
+    learns = mask & (stage.advantages != 0)
+    in_learning_trajectory = layout.spread(layout.token_counts(learns) > 0) & mask
+    needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
+    weighs_first = not stage.streams or old_logps is not None
+    if needs or not weighs_first:  # what has no log-probs gets no credit: its weight meets an advantage of 0
+        stage.role_ids = torch.where(in_learning_trajectory, stage.role_ids, 0)
+    rows = learns if weighs_first and loss.importance_sampling_level == "token" else in_learning_trajectory
+    rows = rows if loss.beta == 0.0 else mask
+    with torch.no_grad():
+        for stream, states in needs.items():
+            read = rows_read(stream, stage.role_ids, mask, credit)
+            contrasts[stream], _ = _logps(states, lm_head_weight, bias, ids, read, layout, False, **run)
+
+    nothing = torch.zeros(layout.shape, dtype=compute_dtype(hidden, stage.backend), device=call.device)
+    found = stage.weigh(nothing, contrasts) if weighs_first else None
+    old, ref, ratio, per_token, *_, scale = stage.terms(nothing, num_items_in_batch)
+    known_weights, streams = (found[0], [None] * 3) if found else (None, [stage.role_ids, *contrasts.values()])
+    anchor, logps, entropy = head_ops.linear_head_training(
+        _batched(layout, hidden), lm_head_weight, bias, _batched(layout, ids), _batched(layout, rows),
+        old, ref, ratio, per_token, known_weights, mask, scale, *(as_dtype(x, nothing.dtype) for x in streams),
+        cu_seqlens, **run, **stage.loss_settings, **settings_of(credit, without=("strict_finite",)),
+    )  # fmt: skip
+    logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
+    weights, credited = found or stage.weigh(logps, contrasts)
+    shown = logps if old is None else torch.where(rows, logps, old)  # a row that was skipped has ratio 1
+    out = stage.finish(shown, entropy, weights, credited, num_items_in_batch, rows)
+    return out._replace(loss=out.loss + anchor, logps=logps)
+
+
+@overload
+def selected_logps_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    workspace_bytes: int | None = ...,
+    process_group: Any = ...,
+    validate_values: bool | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def selected_logps_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    workspace_bytes: int | None = ...,
+    process_group: Any = ...,
+    validate_values: bool | None = ...,
+    backend: str = ...,
+) -> SelectedLogps: ...
+def selected_logps_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    process_group: Any = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | SelectedLogps:
+    """Compute the log-probs of given ids from hidden states, without ever holding their logits.
+
+    z = (hidden @ lm_head_weight^T + bias) / temperature,  logp = z[id] - log sum exp z,  H = -sum p log p
+
+    Costs 2NVH operations for the N rows of the mask. Any loss may be built on the result: backward computes the logits
+    of a chunk again, 6NVH, for the rows whose upstream gradient is not 0. (When that loss is GRPO's,
+    `role_weighted_grpo_loss_from_hidden` saves the second 2NVH.)
+
+    Args:
+        hidden: `[B, T, H]` or `[B, T + 1, H]`, or packed `[N, H]`; any strides.
+        lm_head_weight: `[V, H]`; a shard of the vocabulary with `process_group`.
+        completion_ids: `[B, T]` or `[N]` integers.
+        bias: `[V]` of the head.
+        temperature: sampling temperature.
+        mask: `[B, T]` or `[N]` 0/1; rows with 0 are not multiplied and give 0.
+        return_entropy: also return the entropy.
+        workspace_bytes, process_group: as in `role_weighted_grpo_loss_from_hidden`.
+        validate_values: None checks values of CPU tensors, True of all, False of none.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns: `[B, T]` fp32 nats (fp64 for fp64 on the torch backend), or `SelectedLogps(logps, entropy)`.
+
+    Gradient: from log-probs and entropy to `hidden`, `lm_head_weight` and `bias`.
+
+    Memory: the workspace and vectors of `[B, T]`; backward the gradients, that of the head once more in fp32.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, KernelUnavailableError.
+
+    Source: TRL's chunked log-prob head, which this replaces.
+    """
+    call = checks.Call("selected_logps_from_hidden", hidden, "hidden", validate_values)
+    checks.temperature(call, temperature)
+    packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
+    one = torch.arange(2, device=call.device) * completion_ids.numel() if packed else None
+    chosen = checks.backend_of(call, backend, hidden.dtype)
+    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
+    run = _head_settings(call, chosen, temperature, workspace_bytes, process_group)
+    check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
+    layout, valid, ids = check_selection(call, completion_ids, mask, one, check_head)
+    logps, entropy = _logps(hidden, lm_head_weight, bias, ids, valid, layout, return_entropy, **run)
+    return SelectedLogps(logps, entropy) if return_entropy else logps
+
+
+def _logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    rows: Tensor,
+    layout: Layout,
+    return_entropy: bool,
+    **run: Any,
+) -> tuple[Tensor, Tensor]:
+    logps, entropy = head_ops.linear_head_logps(
+        _batched(layout, hidden), weight, bias, _batched(layout, ids), _batched(layout, rows),
+        return_entropy=return_entropy, **run,
+    )  # fmt: skip
+    return logps.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else entropy
+
+
+def _check_head(
+    call: checks.Call, hidden: Tensor, weight: Any, bias: Any, process_group: Any, layout: Layout
+) -> int | None:
+    """Check hidden states and head; return the vocabulary, None when only a shard of it is here."""
+    checks.hidden_of(call, "hidden", hidden, layout)
+    V = checks.head_of(call, hidden, weight, bias)
+    return V if process_group is None else None
+
+
+def _head_settings(
+    call: checks.Call, backend: str, temperature: float, workspace_bytes: Any, process_group: Any
+) -> dict[str, Any]:
+    checks.workspace(call, workspace_bytes)
+    group = checks.process_group_name(call, process_group)
+    budget = workspace_bytes or 0  # 0: the head chooses
+    return {"temperature": float(temperature), "workspace_bytes": budget, "process_group": group, "backend": backend}
+
+
+def _autocast(*tensors: Any) -> list[Any]:
+    """Cast what a head would cast under autocast; the gradients are cast back."""
+    device_type = next(x.device.type for x in tensors if isinstance(x, Tensor))
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
+
+
+def _batched(layout: Layout, x: Tensor) -> Tensor:
+    """Return packed tokens as a batch of one."""
+    return x if layout.cu_seqlens is None else x[None]

@@ -1,0 +1,234 @@
+"""The ops of the vocabulary head, registered with `torch.library`; `linear_head.py` runs them.
+
+    linear_head_logps       hidden, head -> logps, row_max, log_sum, entropy     differentiable in hidden, weight, bias
+    linear_head_gradient    upstream gradients -> dhidden, dweight, dbias
+    linear_head_training    hidden, head, terms of the loss -> anchor, logps, entropy, dhidden, dweight, dbias
+
+The gradients of the last are those of the loss; backward multiplies them by the upstream gradient of `anchor`, a zero
+that the loss is added to. Active rows are found on the device, so each op waits for it once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import backends, linear_head
+
+
+@torch.library.custom_op("srpo::linear_head_logps", mutates_args=())
+def _linear_head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    temperature: float,
+    return_entropy: bool,
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
+    return linear_head.score(head, hidden, ids, row_mask, return_entropy)
+
+
+@_linear_head_logps.register_fake
+def _(hidden, weight, bias, ids, row_mask, temperature, return_entropy, workspace_bytes, process_group, backend):
+    dtype = backends.statistics_dtype(hidden.dtype, backend)
+    shapes = [ids.shape] * 3 + [ids.shape if return_entropy else (0,)]
+    return tuple(ids.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _save_logps(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, ids, row_mask, temperature, return_entropy, workspace_bytes, process_group, backend = inputs
+    _, row_max, log_sum, entropy = output
+    ctx.save_for_backward(hidden, weight, bias, ids, row_mask, row_max, log_sum, entropy if return_entropy else None)
+    ctx.settings = temperature, workspace_bytes, process_group, backend
+    ctx.set_materialize_grads(False)
+
+
+def _logps_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, grad_entropy: Tensor | None):
+    hidden, weight, bias, ids, row_mask, row_max, log_sum, entropy = ctx.saved_tensors
+    temperature, workspace_bytes, process_group, backend = ctx.settings
+    g, h = (None if x is None else torch.where(row_mask, x, 0.0) for x in (grad_logps, grad_entropy))
+    h = None if entropy is None else h
+    wants = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.srpo.linear_head_gradient(
+        hidden, weight, bias, ids, row_max, log_sum, None if h is None else entropy,
+        torch.zeros_like(log_sum) if g is None else g, h,
+        temperature, wants, workspace_bytes, process_group, backend,
+    )  # fmt: skip
+    return *(x if wanted else None for x, wanted in zip(grads, wants, strict=True)), *[None] * 7
+
+
+_linear_head_logps.register_autograd(_logps_backward, setup_context=_save_logps)
+
+
+@torch.library.custom_op("srpo::linear_head_gradient", mutates_args=())
+def _linear_head_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    wants: list[bool],
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
+    return tuple(
+        linear_head.gradient(head, hidden, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, tuple(wants))
+    )
+
+
+@_linear_head_gradient.register_fake
+def _(
+    hidden, weight, bias, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, wants,
+    workspace_bytes, process_group, backend,
+):  # fmt: skip
+    return _fake_gradients(hidden, weight, bias, wants)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool]) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(hidden) if wants[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape if wants[1] else (0,)),
+        weight.new_empty(bias.shape if wants[2] and bias is not None else (0,)),
+    )
+
+
+@torch.library.custom_op("srpo::linear_head_training", mutates_args=())
+def _linear_head_training(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor | None,
+    mask: Tensor,
+    scale: Tensor,
+    role_ids: Tensor | None,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    wants: list[bool],
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+    loss_type: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    importance_sampling_level: str,
+    contrast_kind: str,
+    reasoning_signal: str,
+    baseline: str,
+    tau: float,
+    weight_min: float,
+    weight_max: float,
+    direction: str,
+    normalize: str,
+    strength: float,
+    missing_role: str,
+    contrast_clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
+    terms = linear_head.LossTerms(
+        old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale,
+        role_ids, corrupted, ablated, cu_seqlens,
+        credit={
+            "contrast_kind": contrast_kind, "reasoning_signal": reasoning_signal, "baseline": baseline, "tau": tau,
+            "weight_min": weight_min, "weight_max": weight_max, "direction": direction, "normalize": normalize,
+            "strength": strength, "missing_role": missing_role, "contrast_clamp": contrast_clamp,
+        },
+        loss={
+            "loss_type": loss_type, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta,
+            "beta": beta, "importance_sampling_level": importance_sampling_level,
+        },
+        backend=backend,
+    )  # fmt: skip
+    logps, entropy, gradients = linear_head.train(head, hidden, ids, row_mask, terms, tuple(wants))
+    return logps.new_zeros(()), logps, entropy, *gradients
+
+
+@_linear_head_training.register_fake
+def _(hidden, weight, bias, ids, row_mask, *arguments):
+    wants, backend = arguments[12], arguments[15]
+    dtype = backends.statistics_dtype(hidden.dtype, backend)
+    vectors = (ids.new_empty(shape, dtype=dtype) for shape in ((), ids.shape, ids.shape))
+    return *vectors, *_fake_gradients(hidden, weight, bias, wants)
+
+
+def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.wants, ctx.n_inputs = inputs[17], len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
+    gradients = (
+        (x * grad_anchor).to(x.dtype) if wanted and grad_anchor is not None else None
+        for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    )
+    return *gradients, *[None] * (ctx.n_inputs - 3)
+
+
+_linear_head_training.register_autograd(_training_backward, setup_context=_save_training)
+
+
+def linear_head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    *,
+    temperature: float,
+    return_entropy: bool,
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return `logps` and `entropy` `[B, T]` (empty unless asked for), differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: `[B, T or T+1, H]`, any strides.
+        weight, bias: `[V, H]` and `[V]`, this rank's shard of the vocabulary with `process_group`.
+        ids: `[B, T]` int64.
+        row_mask: `[B, T]` bool: the rows that are multiplied.
+    """
+    logps, _, _, entropy = torch.ops.srpo.linear_head_logps(
+        hidden, weight, bias, ids, row_mask, float(temperature), return_entropy, workspace_bytes, process_group,
+        backend,
+    )  # fmt: skip
+    return logps, entropy
+
+
+def linear_head_training(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `anchor`, a differentiable zero, and `logps` and `entropy` `[B, T]` without gradient.
+
+    The gradient of `anchor` is that of the loss; it is computed here where autograd will ask for it.
+    """
+    tensors = (None if x is None else x.detach().contiguous() for x in rest)
+    learns = torch.is_grad_enabled()
+    wants = [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    anchor, logps, entropy, *_ = torch.ops.srpo.linear_head_training(
+        hidden, weight, bias, *tensors, wants=wants, **settings
+    )
+    return anchor, logps, entropy
