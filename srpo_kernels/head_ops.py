@@ -180,11 +180,21 @@ def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
-    gradients = (
-        (x * grad_anchor).to(x.dtype) if wanted and grad_anchor is not None else None
-        for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
-    )
+    gradients = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
+    if grad_anchor is None:
+        gradients = [None] * 3
+    elif _saved_tensors_are_needed_again():
+        gradients = [None if x is None else x * grad_anchor for x in gradients]
+    else:  # a head's gradient is large: scale it where it is
+        gradients = [None if x is None else x.mul_(grad_anchor) for x in gradients]
     return *gradients, *[None] * (ctx.n_inputs - 3)
+
+
+def _saved_tensors_are_needed_again() -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is None or keeps_graph()
 
 
 _linear_head_training.register_autograd(_training_backward, setup_context=_save_training)

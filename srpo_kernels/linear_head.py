@@ -259,7 +259,8 @@ class _Engine:
             self.ids = torch.where(here, self.ids - first, -1)
         weight, bias = head.weight, head.bias
         self.d_hidden = torch.zeros_like(hidden) if wants[0] else hidden.new_empty(0)
-        self.d_weight = weight.new_zeros(weight.shape if wants[1] else 0, dtype=self.dtype)
+        d_weight = weight.new_empty(weight.shape if wants[1] else 0, dtype=self.dtype)
+        self.d_weight = row_chunks.in_huge_pages(d_weight).zero_()
         self.d_bias = weight.new_zeros(bias.shape if wants[2] else 0, dtype=self.dtype)
 
     def chunks(self, row_mask: Tensor) -> tuple[Tensor, ...]:
