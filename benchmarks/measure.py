@@ -32,7 +32,7 @@ def measure(functions: dict[str, Callable[[], None]], device: torch.device, repe
                 times[name].append(1e3 * (time.perf_counter() - start))
     results = {}
     for name, samples in times.items():
-        low, *_, high = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples * 2
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 2
         results[name] = Measurement(statistics.median(samples), low, high, peak_memory(functions[name], device))
     return results
 

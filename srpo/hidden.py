@@ -95,13 +95,13 @@ def role_weighted_grpo_loss_from_hidden(
     stage.check_contrasts(contrasts, live, lambda name, x: checks.hidden_of(call, name, x, layout, hidden), "hidden")
 
     learns = mask & (stage.advantages != 0)
-    in_learning_trajectory = layout.spread(layout.token_counts(learns) > 0) & mask
+    reached = mask if loss.beta != 0.0 else mask & layout.spread(layout.token_counts(learns) > 0)
     needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
     weighs_first = not stage.streams or old_logps is not None
-    if needs or not weighs_first:  # what has no log-probs gets no credit: its weight meets an advantage of 0
-        stage.role_ids = torch.where(in_learning_trajectory, stage.role_ids, 0)
-    rows = learns if weighs_first and loss.importance_sampling_level == "token" else in_learning_trajectory
-    rows = rows if loss.beta == 0.0 else mask
+    if needs or not weighs_first:  # what is not scored gets no credit: its weight would meet an advantage of 0
+        stage.role_ids = torch.where(reached, stage.role_ids, 0)
+    depends_on_row = weighs_first and loss.importance_sampling_level == "token" and loss.beta == 0.0
+    rows = learns if depends_on_row else reached
     with torch.no_grad():
         for stream, states in needs.items():
             read = rows_read(stream, stage.role_ids, mask, credit)
@@ -109,12 +109,14 @@ def role_weighted_grpo_loss_from_hidden(
 
     nothing = torch.zeros(layout.shape, dtype=compute_dtype(hidden, stage.backend), device=call.device)
     found = stage.weigh(nothing, contrasts) if weighs_first else None
+    known_weights, role_ids, streams = found[0] if found else None, None, [None, None]
+    if not weighs_first:
+        role_ids, streams = stage.role_ids, [as_dtype(x, nothing.dtype) for x in contrasts.values()]
     old, ref, ratio, per_token, *_, scale = stage.terms(nothing, num_items_in_batch)
-    known_weights, streams = (found[0], [None] * 3) if found else (None, [stage.role_ids, *contrasts.values()])
     anchor, logps, entropy = head_ops.linear_head_training(
         _batched(layout, hidden), lm_head_weight, bias, _batched(layout, ids), _batched(layout, rows),
-        old, ref, ratio, per_token, known_weights, mask, scale, *(as_dtype(x, nothing.dtype) for x in streams),
-        cu_seqlens, **run, **stage.loss_settings, **settings_of(credit, without=("strict_finite",)),
+        old, ref, ratio, per_token, known_weights, mask, scale, role_ids, *streams, cu_seqlens,
+        **run, **stage.loss_settings, **settings_of(credit, without=("strict_finite",)),
     )  # fmt: skip
     logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
     weights, credited = found or stage.weigh(logps, contrasts)

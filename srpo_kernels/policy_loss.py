@@ -31,7 +31,7 @@ def _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.conste
     do_not_specialize=["T"],
     do_not_specialize_on_alignment=[
         "logps_ptr", "old_logps_ptr", "ref_logps_ptr", "is_ratio_ptr", "advantages_ptr", "weights_ptr", "mask_ptr",
-        "cu_seqlens_ptr",
+        "cu_seqlens_ptr", "scale_ptr",
     ],
 )  # fmt: skip
 def _policy_loss_fwd_kernel(

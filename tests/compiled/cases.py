@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss, selected_logps
+from srpo import (
+    CreditConfig,
+    LossConfig,
+    role_weighted_grpo_loss,
+    role_weighted_grpo_loss_from_hidden,
+    selected_logps,
+    selected_logps_from_hidden,
+)
 
 QWEN_VOCABULARIES = (151936, 152064)  # their rows start on 16-element boundaries
 ODD_VOCABULARY = 151665
@@ -21,10 +28,11 @@ ODD_VOCABULARY = 151665
 
 @dataclass(frozen=True)
 class Case:
-    """A public call, and whether its rows are aligned and streamed in 16-bit elements: 128-bit accesses are due."""
+    """A public call, and whether its rows are aligned and what they are streamed as: 128-bit accesses are due."""
 
     run: Callable[[], None]
-    streams: str | None = None  # "bf16" or "f16"
+    streams: str | None = None  # "bf16", "f16" or "f32"
+    bytes_moved: tuple[int, int] = (2, 4)  # of an element of logits: forward, backward
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,33 @@ def log_probs(shape: Shape, entropy: bool = False) -> None:
         (scored.logps + scored.entropy).sum().backward()
 
 
+def head(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return hidden states, narrow because their products are computed, and a head."""
+    rows = (shape.B * shape.T,) if shape.packed else (shape.B, shape.T + shape.extra_row)
+    leaves = torch.zeros(*rows, 4, dtype=shape.dtype), torch.zeros(shape.V, 4, dtype=shape.dtype)
+    return tuple(x.requires_grad_() for x in leaves)
+
+
+def hidden_log_probs(shape: Shape, entropy: bool = False) -> None:
+    """Run `selected_logps_from_hidden` and its backward: fp32 logits in, the gradient out in the head's dtype."""
+    scored = selected_logps_from_hidden(
+        *head(shape), shape.tokens(torch.int64), mask=shape.tokens(torch.int64, 1), return_entropy=True,
+        temperature=shape.settings.get("temperature", 1.0), validate_values=False, backend="triton",
+    )  # fmt: skip
+    (scored.logps.sum() + (scored.entropy.sum() if entropy else 0)).backward()
+
+
+def hidden_loss(shape: Shape, **options) -> None:
+    """Run the loss from hidden states; without `old_logps` a chunk holds whole trajectories."""
+    zeros = shape.tokens(torch.float32)
+    role_weighted_grpo_loss_from_hidden(
+        *head(shape), shape.tokens(torch.int64), zeros + 1, role_ids=shape.tokens(torch.int64, 1),
+        completion_mask=shape.tokens(torch.int64, 1), corrupted_logps=zeros, ablated_logps=zeros,
+        old_logps=zeros if options.pop("old", False) else None, loss=LossConfig(**shape.settings),
+        workspace_bytes=4 * 6 * shape.V, validate_values=False, backend="triton", **shape.packing(),
+    ).loss.backward()  # fmt: skip
+
+
 @contextmanager
 def few_rows() -> Iterator[None]:
     """Make every call split its rows over several programs, as a GPU with idle multiprocessors does."""
@@ -149,6 +184,15 @@ def _cases() -> dict[str, Case]:
         "fp32": Case(lambda: loss(fp32)),
         "odd V": Case(lambda: loss(Shape(V=ODD_VOCABULARY))),
         "V=1000": Case(lambda: loss(Shape(V=1000))),
+        "hidden, scored": Case(lambda: hidden_log_probs(bf16), "f32", (4, 6)),
+        "hidden, gradient": Case(lambda: hidden_log_probs(bf16), "bf16", (4, 6)),
+        "hidden, entropy gradient": Case(lambda: hidden_log_probs(bf16, entropy=True), "bf16", (4, 6)),
+        "hidden, fp16": Case(lambda: hidden_log_probs(fp16), "f16", (4, 6)),
+        "hidden, fp32": Case(lambda: hidden_log_probs(fp32), "f32", (4, 8)),
+        "hidden, V=152064": Case(lambda: hidden_log_probs(other), "f32", (4, 6)),
+        "hidden, loss": Case(lambda: hidden_loss(bf16, old=True), "bf16", (4, 6)),
+        "hidden, whole trajectories": Case(lambda: hidden_loss(bf16), "bf16", (4, 6)),
+        "hidden, packed": Case(lambda: hidden_loss(packed), "bf16", (4, 6)),
         "V=7": Case(lambda: loss(Shape(V=7))),
     }
 
@@ -171,6 +215,8 @@ RUNS: dict[str, Callable[[Shape], None]] = {
     "packed": lambda shape: loss(as_packed(shape)),
     "entropy gradient": lambda shape: log_probs(shape, entropy=True),
     "few rows": lambda shape: split(loss, shape, "none"),
+    "hidden": hidden_loss,
+    "hidden, log-probs": hidden_log_probs,
 }
 
 
