@@ -55,7 +55,13 @@ class Call:
         if not isinstance(x, Tensor):
             self.fail(DtypeError, name, describe(x), f"a torch.Tensor {layout}", "convert it with torch.as_tensor")
         if type(x).__name__ == "DTensor":
-            self.fail(DeviceError, name, "a DTensor", "a plain local tensor", f"pass {name}.full_tensor()")
+            fix = f"pass {name}.full_tensor()"
+            if name in ("lm_head_weight", "bias"):  # a bare full_tensor() drops the gradients of the other ranks
+                fix = (
+                    "call this inside the forward of the sharded module, or pass "
+                    f'{name}.full_tensor(grad_placements=[torch.distributed.tensor.Partial("avg")])'
+                )
+            self.fail(DeviceError, name, "a DTensor", "a plain local tensor", fix)
         if tuple(x.shape) not in shapes:
             expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             fix = f"check how {name} was sliced against the other arguments"

@@ -64,8 +64,9 @@ def role_weighted_grpo_loss_from_hidden(
         workspace_bytes: what the logits of a chunk and their gradient may take. None: 512 rows on a CPU; elsewhere
             4096 rows, or 1024 for a frozen head, in at most 2 GiB. Fewer rows cost time, above all for a head that
             trains (its gradient is read and written once a chunk); the result does not depend on it beyond rounding.
-        process_group: the ranks that hold the shards of the vocabulary, in rank order. Everything else is the same on
-            all of them, and so is the loss; the gradient of `hidden` is summed over them, that of the head is local.
+        process_group: the ranks that hold the shards of the vocabulary, in rank order; shards may differ in size.
+            Everything else is the same on all of them, and so is the loss; the gradient of `hidden` is summed over
+            them, that of the head is local. An id that no shard holds gets a NaN log-prob.
 
     Returns: LossOutput. `logps` and `entropy` are 0 on rows that were skipped; `srpo/rows_scored` and
         `srpo/rows_skipped` count them.

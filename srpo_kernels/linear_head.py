@@ -82,10 +82,11 @@ class Head:
         wide = not self.weight.is_cuda or _widens(self.weight)
         return torch.float32 if self.backend == "triton" and wide else self.weight.dtype
 
-    def rows_of_chunk(self, trains: bool) -> int:
-        """Return how many rows the workspace holds, at least 1."""
+    def rows_of_chunk(self, trains: bool, largest_shard: int | None = None) -> int:
+        """Return how many rows the workspace holds, at least 1, and as many on every rank."""
         logits_dtype, dtype = self.logits_dtype(), self.weight.dtype
-        row = self.weight.shape[0] * (logits_dtype.itemsize + (dtype.itemsize if dtype != logits_dtype else 0))
+        V = self.weight.shape[0] if largest_shard is None else largest_shard
+        row = V * (logits_dtype.itemsize + (dtype.itemsize if dtype != logits_dtype else 0))
         if self.workspace_bytes:
             return max(1, self.workspace_bytes // row)
         if self.weight.device.type == "cpu":
@@ -250,13 +251,15 @@ class _Engine:
     def __init__(self, head: Head, hidden: Tensor, ids: Tensor, wants: tuple[bool, ...]) -> None:
         self.head, self.hidden, self.wants = head, hidden, wants
         self.T, self.ids = ids.shape[1], ids.reshape(-1)
-        self.capacity = head.rows_of_chunk(trains=wants[1])
         self.dtype = backends.statistics_dtype(hidden.dtype, head.backend)
-        self.group = dist.distributed_c10d._resolve_process_group(head.process_group) if head.process_group else None
-        if self.group is not None:
-            first = _first_id(self.group, head.weight)
+        self.group, largest_shard = None, None
+        if head.process_group:
+            self.group = dist.distributed_c10d._resolve_process_group(head.process_group)
+            shards = _shard_sizes(self.group, head.weight)
+            first, largest_shard = sum(shards[: self.group.rank()]), max(shards)
             here = (self.ids >= first) & (self.ids < first + head.weight.shape[0])
             self.ids = torch.where(here, self.ids - first, -1)
+        self.capacity = head.rows_of_chunk(wants[1], largest_shard)
         weight, bias = head.weight, head.bias
         self.d_hidden = torch.zeros_like(hidden) if wants[0] else hidden.new_empty(0)
         d_weight = weight.new_empty(weight.shape if wants[1] else 0, dtype=self.dtype)
@@ -345,14 +348,16 @@ def merge_shards(local: Statistics, owned: Tensor, temperature: float, group: di
     `owned` says on which rows the id belongs to this rank. A row of which no rank owns the id gets a NaN log-prob.
     """
     has_entropy = local.entropy.numel() > 0
-    target = torch.where(owned, local.logps + local.log_sum, torch.nan)
+    # A shard of banned entries only has NaN statistics; its tokens have probability 0.
+    banned = local.row_max == -torch.inf
+    target = torch.where(owned, torch.where(banned, -torch.inf, local.logps + local.log_sum), torch.nan)
     weighted = local.log_sum - local.entropy if has_entropy else torch.zeros_like(target)  # sum p z of this shard
     mine = torch.stack([local.row_max, local.log_sum, weighted, target])
     shards = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(shards, mine, group=group)
     maxima, log_sums, weighted, targets = torch.stack(shards, 1)  # [ranks, n] each
     row_max = maxima.amax(0)
-    empty = maxima == -torch.inf  # a shard of banned entries only: its statistics are NaN
+    empty = maxima == -torch.inf
     shift = torch.where(empty, 0.0, (maxima - row_max) / temperature)
     shifted = torch.where(empty, -torch.inf, log_sums + shift)
     log_sum = shifted.logsumexp(0)
@@ -365,12 +370,12 @@ def merge_shards(local: Statistics, owned: Tensor, temperature: float, group: di
     return Statistics(target - log_sum, row_max, log_sum, entropy)
 
 
-def _first_id(group: dist.ProcessGroup, weight: Tensor) -> int:
-    """Return the vocabulary id of this rank's first row."""
+def _shard_sizes(group: dist.ProcessGroup, weight: Tensor) -> list[int]:
+    """Return the number of vocabulary entries of each rank."""
     mine = torch.tensor([weight.shape[0]], device=weight.device)
     sizes = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(sizes, mine, group=group)
-    return int(torch.cat(sizes)[: group.rank()].sum())
+    return torch.cat(sizes).tolist()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
