@@ -5,7 +5,7 @@ was called, which argument, what it got, what was expected, and one fix.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -62,7 +62,7 @@ class Call:
                     f'{name}.full_tensor(grad_placements=[torch.distributed.tensor.Partial("avg")])'
                 )
             self.fail(DeviceError, name, "a DTensor", "a plain local tensor", fix)
-        if tuple(x.shape) not in shapes:
+        if not any(_same_shape(x.shape, shape) for shape in shapes):
             expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             fix = f"check how {name} was sliced against the other arguments"
             self.fail(ShapeError, name, describe(x), f"{layout} = {expected}", fix)
@@ -92,6 +92,11 @@ class Call:
             if bool(outside.any()):
                 got = f"{int(outside.sum())} values such as {x[outside][0].item()}"
                 self.fail(RoleParseError, name, got, f"{meaning} in [{lowest}, {highest}] on valid tokens", fix)
+
+
+def _same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
+    # Element by element: under torch.compile a tuple of symbols is not found in a list, equal or not.
+    return len(a) == len(b) and all(p == q for p, q in zip(a, b, strict=True))
 
 
 def describe(x: Any) -> str:
@@ -208,29 +213,33 @@ def hidden_of(call: Call, name: str, hidden: Any, layout: Layout, like: Tensor |
     """Check hidden states `[B, T, H]` or `[B, T + 1, H]`, or packed `[N, H]`, of the width and dtype of `like`."""
     fix = "pass the states that the head would be called on"
     _rows_of(call, name, hidden, layout, "H", fix, None if like is None else like.shape[-1])
-    if like is not None and hidden.dtype != like.dtype:
-        expected = f"{like.dtype}, the dtype of {call.argument}"
-        call.fail(DtypeError, name, describe(hidden), expected, f"pass {name}.to({like.dtype})")
+    if like is not None:
+        _same_dtype(call, name, hidden, like)
 
 
 def head_of(call: Call, hidden: Tensor, weight: Any, bias: Any) -> int:
     """Check a vocabulary head `[V, H]` with bias `[V]` against checked hidden states; return V."""
-    name = "lm_head_weight"
+    name, H = "lm_head_weight", hidden.shape[-1]
     if hasattr(weight, "ds_status"):
         fix = "call this inside deepspeed.zero.GatheredParameters([lm_head_weight])"
         call.fail(DeviceError, name, "a ZeRO-3 shard", "the whole parameter", fix)
-    H = hidden.shape[-1]
-    rows = weight.shape[:1] if isinstance(weight, Tensor) and weight.dim() == 2 else (0,)
-    call.tensor(name, weight, [(*rows, H)], "[V, H]", "float")
-    if rows[0] == 0:
-        call.fail(ShapeError, name, describe(weight), "[V, H] with a vocabulary of at least 1", "pass lm_head.weight")
+    if isinstance(weight, Tensor) and (weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != H):
+        expected = f"[V, H] with V > 0 and H = {H}, the width of hidden"
+        call.fail(ShapeError, name, describe(weight), expected, "pass lm_head.weight as it is")
+    call.tensor(name, weight, [tuple(getattr(weight, "shape", ()))], "[V, H]", "float")
     if bias is not None:
-        call.tensor("bias", bias, [tuple(rows)], "[V]", "float")
+        call.tensor("bias", bias, [(weight.shape[0],)], "[V]", "float")
     for part, x in ((name, weight), ("bias", bias)):
-        if x is not None and x.dtype != hidden.dtype:
-            fix = f"cast one of the two, or run under torch.autocast({call.device.type!r})"
-            call.fail(DtypeError, part, describe(x), f"{hidden.dtype}, the dtype of {call.argument}", fix)
-    return rows[0]
+        if x is not None:
+            _same_dtype(call, part, x, hidden)
+    return weight.shape[0]
+
+
+def _same_dtype(call: Call, name: str, x: Tensor, hidden: Tensor) -> None:
+    """Check that a matrix product takes `x` with the hidden states: autocast makes dtypes agree."""
+    if x.dtype != hidden.dtype and not torch.is_autocast_enabled(call.device.type):
+        fix = f"cast one of the two, or run under torch.autocast({call.device.type!r})"
+        call.fail(DtypeError, name, describe(x), f"{hidden.dtype}, the dtype of {call.argument}", fix)
 
 
 def temperature(call: Call, value: Any) -> None:

@@ -48,7 +48,9 @@ def role_weighted_grpo_loss_from_hidden(
     The gradient of a chunk is computed while its logits exist: forward and backward cost 6NVH operations for N rows,
     4NVH with a frozen head. N counts the rows that can change the loss: valid, and with an advantage other than 0
     (every valid row when `loss.beta` is not 0; all rows of a trajectory that has such a row when the coefficient of a
-    token depends on the others: weights from the current log-probs, or `"sequence_token"`).
+    token depends on the others: weights from the current log-probs, or `"sequence_token"`; a trajectory that the
+    workspace does not hold then costs 8NVH, and one without such a row shows weight 1). Live contrasts add 2NVH for
+    the rows of their role.
 
     Args:
         hidden: `[B, T, H]`, or `[B, T + 1, H]` whose last position is ignored; the states that the head is called on.
@@ -83,9 +85,6 @@ def role_weighted_grpo_loss_from_hidden(
     call = checks.Call("role_weighted_grpo_loss_from_hidden", hidden, "hidden", validate_values)
     checks.configs(call, credit, loss)
     stage = Stage(call, credit, loss, backend, hidden.dtype)
-    hidden, lm_head_weight, bias, corrupted_hidden, ablated_hidden = _autocast(
-        hidden, lm_head_weight, bias, corrupted_hidden, ablated_hidden
-    )
     run = _head_settings(call, stage.backend, loss.temperature, workspace_bytes, process_group)
     check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
     layout, mask, ids = check_selection(call, completion_ids, completion_mask, cu_seqlens, check_head)
@@ -95,6 +94,7 @@ def role_weighted_grpo_loss_from_hidden(
     live = {"corrupted": corrupted_hidden, "ablated": ablated_hidden}
     stage.check_contrasts(contrasts, live, lambda name, x: checks.hidden_of(call, name, x, layout, hidden), "hidden")
 
+    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     learns = mask & (stage.advantages != 0)
     reached = mask if loss.beta != 0.0 else mask & layout.spread(layout.token_counts(learns) > 0)
     needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
@@ -106,7 +106,7 @@ def role_weighted_grpo_loss_from_hidden(
     with torch.no_grad():
         for stream, states in needs.items():
             read = rows_read(stream, stage.role_ids, mask, credit)
-            contrasts[stream], _ = _logps(states, lm_head_weight, bias, ids, read, layout, False, **run)
+            contrasts[stream], _ = _logps(*_autocast(states), lm_head_weight, bias, ids, read, layout, False, **run)
 
     nothing = torch.zeros(layout.shape, dtype=compute_dtype(hidden, stage.backend), device=call.device)
     found = stage.weigh(nothing, contrasts) if weighs_first else None
@@ -121,7 +121,7 @@ def role_weighted_grpo_loss_from_hidden(
     )  # fmt: skip
     logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
     weights, credited = found or stage.weigh(logps, contrasts)
-    shown = logps if old is None else torch.where(rows, logps, old)  # a row that was skipped has ratio 1
+    shown = logps if old is None else torch.where(rows, logps, old.detach())  # a row that was skipped has ratio 1
     out = stage.finish(shown, entropy, weights, credited, num_items_in_batch, rows)
     return out._replace(loss=out.loss + anchor, logps=logps)
 
@@ -205,10 +205,10 @@ def selected_logps_from_hidden(
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
     one = torch.arange(2, device=call.device) * completion_ids.numel() if packed else None
     chosen = checks.backend_of(call, backend, hidden.dtype)
-    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     run = _head_settings(call, chosen, temperature, workspace_bytes, process_group)
     check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
     layout, valid, ids = check_selection(call, completion_ids, mask, one, check_head)
+    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     logps, entropy = _logps(hidden, lm_head_weight, bias, ids, valid, layout, return_entropy, **run)
     return SelectedLogps(logps, entropy) if return_entropy else logps
 
@@ -250,11 +250,11 @@ def _head_settings(
 
 def _autocast(*tensors: Any) -> list[Any]:
     """Cast what a head would cast under autocast; the gradients are cast back."""
-    device_type = next(x.device.type for x in tensors if isinstance(x, Tensor))
+    device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def _batched(layout: Layout, x: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ def _save_logps(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _logps_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, grad_entropy: Tensor | None):
     hidden, weight, bias, ids, row_mask, row_max, log_sum, entropy = ctx.saved_tensors
     temperature, workspace_bytes, process_group, backend = ctx.settings
-    g, h = (None if x is None else torch.where(row_mask, x, 0.0) for x in (grad_logps, grad_entropy))
-    h = None if entropy is None else h
+    upstream = (grad_logps, None if entropy is None else grad_entropy)
+    g, h = (None if x is None else torch.where(row_mask, x, 0.0) for x in upstream)
     wants = list(ctx.needs_input_grad[:3])
     grads = torch.ops.srpo.linear_head_gradient(
         hidden, weight, bias, ids, row_max, log_sum, None if h is None else entropy,

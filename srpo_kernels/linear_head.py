@@ -12,7 +12,8 @@ products run in the dtype of `hidden`; the kernels get fp32 logits from 16-bit p
 is accumulated in fp32. With a process group the head is a shard of the vocabulary, in rank order: statistics of a chunk
 are merged over ranks, dx is summed over them, dW stays local.
 
-Memory beyond the results: the workspace, dW in fp32, and nothing that grows with the number of rows but vectors.
+Memory beyond the results: the workspace, dW in fp32, what `row_chunks` takes (4 MiB a thread), and nothing that grows
+with the number of rows but vectors.
 """
 
 from collections.abc import Callable, Iterator
