@@ -12,7 +12,7 @@ from torch import Tensor
 from srpo import role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
 
 FLOOR = "the bare matrix products in the same chunks, measured beside: three for training, one for scoring"
-ROWS = 512  # of a chunk of the bare products
+ROWS = 768  # of a chunk of the bare products
 
 
 def eager(hidden: Tensor, weight: Tensor, rollout: Rollout) -> Tensor:

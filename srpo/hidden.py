@@ -63,7 +63,7 @@ def role_weighted_grpo_loss_from_hidden(
         role_ids, completion_mask, corrupted_logps, ablated_logps, weights, old_logps, ref_logps,
             importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
             `role_weighted_grpo_loss`.
-        workspace_bytes: what the logits of a chunk and their gradient may take. None: 512 rows on a CPU; elsewhere
+        workspace_bytes: what the logits of a chunk and their gradient may take. None: 768 rows on a CPU; elsewhere
             4096 rows, or 1024 for a frozen head, in at most 2 GiB. Fewer rows cost time, above all for a head that
             trains (its gradient is read and written once a chunk); the result does not depend on it beyond rounding.
         process_group: the ranks that hold the shards of the vocabulary, in rank order; shards may differ in size.
@@ -106,7 +106,7 @@ def role_weighted_grpo_loss_from_hidden(
     with torch.no_grad():
         for stream, states in needs.items():
             read = rows_read(stream, stage.role_ids, mask, credit)
-            contrasts[stream], _ = _logps(*_autocast(states), lm_head_weight, bias, ids, read, layout, False, **run)
+            contrasts[stream], _ = _logps(_autocast(states)[0], lm_head_weight, bias, ids, read, layout, False, **run)
 
     nothing = torch.zeros(layout.shape, dtype=compute_dtype(hidden, stage.backend), device=call.device)
     found = stage.weigh(nothing, contrasts) if weighs_first else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import backends, linear_head
+from srpo_kernels.loss_terms import LossTerms
 
 
 @torch.library.custom_op("srpo::linear_head_logps", mutates_args=())
@@ -146,7 +147,7 @@ def _linear_head_training(
     contrast_clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
-    terms = linear_head.LossTerms(
+    terms = LossTerms(
         old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale,
         role_ids, corrupted, ablated, cu_seqlens,
         credit={

@@ -16,20 +16,19 @@ Memory beyond the results: the workspace, dW in fp32, what `row_chunks` takes (4
 with the number of rows but vectors.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from srpo_kernels import backends, row_chunks
-from srpo_kernels.layout import Layout
+from srpo_kernels.loss_terms import LossTerms
 
 # Rows of a chunk unless a workspace is given. A trained head reads and writes all of dW once a chunk, so it wants more
 # rows; a frozen one only enough for the matrix product to run at full rate.
-_ROWS_ON_CPU = 512
+_ROWS_ON_CPU = 768
 _ROWS_TRAINING, _ROWS_FROZEN = 4096, 1024
 _LARGEST_DEFAULT = 2 << 30
 _STRIP = 8192  # vocabulary entries of dW that are added at once
@@ -50,14 +49,6 @@ class Gradients(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
-
-
-class Group(NamedTuple):
-    """Chunks of rows whose coefficients are computed together, and the trajectories and tokens they come from."""
-
-    chunks: tuple[Tensor, ...]
-    trajectories: slice
-    tokens: slice
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def gradient(
 
 
 def train(
-    head: Head, hidden: Tensor, ids: Tensor, row_mask: Tensor, terms: "LossTerms", wants: tuple[bool, ...]
+    head: Head, hidden: Tensor, ids: Tensor, row_mask: Tensor, terms: LossTerms, wants: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Score the rows and, chunk by chunk, turn their logits into gradients under the coefficients of the loss.
 
@@ -153,97 +144,6 @@ def train(
                 again = engine.logits(cells) if len(group.chunks) > 1 else logits
                 engine.accumulate(cells, again, row.row_max, row.log_sum, None, g[cells], None)
     return logps.view(ids.shape), entropy.view(ids.shape), engine.finish()
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What the coefficients of the loss are made of: contiguous vectors `[B, T]`, or `[N]` with `cu_seqlens`.
-
-    Args:
-        weights: token weights; None computes them from the log-probs of the streams, with `credit`.
-        scale: `[R]` factor of each trajectory's loss.
-        credit, loss: settings of `backends.token_credit` and `backends.policy_loss`.
-    """
-
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    importance_sampling_ratio: Tensor | None
-    advantages: Tensor
-    weights: Tensor | None
-    mask: Tensor
-    scale: Tensor
-    role_ids: Tensor | None
-    corrupted: Tensor | None
-    ablated: Tensor | None
-    cu_seqlens: Tensor | None
-    credit: dict[str, Any]
-    loss: dict[str, Any]
-    backend: str
-
-    @property
-    def of_rows(self) -> bool:
-        """Say whether the coefficient of a row depends on that row alone."""
-        return self.weights is not None and self.loss["importance_sampling_level"] == "token"
-
-    def groups(self, chunks: tuple[Tensor, ...], size: int) -> Iterator[Group]:
-        """Yield the chunks one by one, or join their rows into whole trajectories of about `size` rows."""
-        if self.of_rows or not chunks:
-            yield from (Group((chunk,), slice(0), slice(0)) for chunk in chunks)
-            return
-        cells = torch.cat(chunks)
-        layout = Layout(tuple(self.mask.shape), self.cu_seqlens)
-        ends = layout.ends().to(cells.device)
-        rows_before = [0, *torch.searchsorted(cells, ends).tolist()]
-        tokens_before = [0, *ends.tolist()]
-        first = 0
-        for last in range(1, len(rows_before)):
-            following = rows_before[min(last + 1, len(rows_before) - 1)]
-            if last < len(rows_before) - 1 and following - rows_before[first] <= size:
-                continue
-            rows = cells[rows_before[first] : rows_before[last]]
-            if len(rows):
-                tokens = slice(tokens_before[first], tokens_before[last])
-                yield Group(rows.split(size), slice(first, last), tokens)
-            first = last
-
-    def coefficients(self, logps: Tensor, group: Group) -> Tensor:
-        """Return `[B * T]` with d loss / d logps on the rows of a group."""
-        result = torch.zeros_like(logps)
-        if self.of_rows:  # every row is a trajectory of one token
-            (cells,) = group.chunks
-            scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(-1)[cells]
-            part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None])
-            result[cells] = backends.policy_loss(
-                *part, scale=scale, cu_seqlens=None, backend=self.backend, **self.loss
-            )[2][:, 0]
-            return result
-        cu_seqlens = self.cu_seqlens
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens[group.trajectories.start : group.trajectories.stop + 1] - group.tokens.start
-        shape = (-1,) if cu_seqlens is not None else (-1, self.mask.shape[1])
-        part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), cu_seqlens)
-        scale = self.scale[group.trajectories]
-        _, _, g = backends.policy_loss(*part, scale=scale, cu_seqlens=cu_seqlens, backend=self.backend, **self.loss)
-        result[group.tokens] = g.reshape(-1)
-        return result
-
-    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> list:
-        """Return the tensors of `backends.policy_loss` for some tokens."""
-        logps, old, ref, ratio, advantages, weights, mask, role_ids, corrupted, ablated = (
-            None if x is None else take(x)
-            for x in (
-                logps, self.old_logps, self.ref_logps, self.importance_sampling_ratio, self.advantages, self.weights,
-                self.mask, self.role_ids, self.corrupted, self.ablated,
-            )
-        )  # fmt: skip
-        if weights is None:
-            base = logps if old is None else old
-            n = len(mask) if cu_seqlens is None else cu_seqlens.numel() - 1
-            streams = (None, base, corrupted, ablated, role_ids, mask, advantages)
-            _, weights, _, _ = backends.token_credit(
-                *streams, cu_seqlens=cu_seqlens, n_trajectories=n, backend=self.backend, **self.credit
-            )
-        return [logps, old, ref, ratio, advantages, weights, mask]
 
 
 class _Engine:

@@ -70,8 +70,7 @@ def logits_gradient(
     dlogits = (grad_logps * (onehot - p) - grad_entropy * p * (log p + H)) / temperature
 
     Rows that are a shard of the vocabulary are not `whole_rows`: their p does not sum to 1, and id -1 is in another
-    shard. `workspace` lends two `[n, V]` buffers: the first may be `logits`, the second receives the result and may be
-    `logits` when the rows are whole and there is no entropy gradient.
+    shard. `workspace` lends two `[n, V]` buffers; the second receives the result, and either may be `logits`.
     """
     upstream = grad_logps[:, None] / temperature
     if whole_rows and grad_entropy is None:

@@ -90,7 +90,7 @@ def logits_gradient(
         None if x is None else rows.take(x)
         for x in (torch.where(needed, ids, 0), row_max, log_sum, entropy, grad_logps, grad_entropy)
     )
-    writes_directly = out.dtype == compute_dtype(out.dtype) and out.data_ptr() != logits.data_ptr()
+    writes_directly = out.dtype == compute_dtype(out.dtype)
 
     def work(chunk: _Chunk, buffers: Tensor) -> None:
         x, z, probs = _load(logits, chunk, buffers)

@@ -1,0 +1,114 @@
+"""The coefficients of the loss for some rows at a time, while the rest of the batch is not yet scored.
+
+Where the coefficient of a row depends on that row alone, rows may come in any chunks; else whole trajectories come
+together. Either way the functions of `backends.py` compute what they compute for a whole batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo_kernels import backends
+from srpo_kernels.layout import Layout
+
+
+class Group(NamedTuple):
+    """Chunks of rows whose coefficients are computed together, and the trajectories and tokens they come from."""
+
+    chunks: tuple[Tensor, ...]
+    trajectories: slice
+    tokens: slice
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the coefficients of the loss are made of: contiguous vectors `[B, T]`, or `[N]` with `cu_seqlens`.
+
+    Args:
+        weights: token weights; None computes them from the log-probs of the streams, with `credit`.
+        scale: `[R]` factor of each trajectory's loss.
+        credit, loss: settings of `backends.token_credit` and `backends.policy_loss`.
+    """
+
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    importance_sampling_ratio: Tensor | None
+    advantages: Tensor
+    weights: Tensor | None
+    mask: Tensor
+    scale: Tensor
+    role_ids: Tensor | None
+    corrupted: Tensor | None
+    ablated: Tensor | None
+    cu_seqlens: Tensor | None
+    credit: dict[str, Any]
+    loss: dict[str, Any]
+    backend: str
+
+    @property
+    def of_rows(self) -> bool:
+        """Say whether the coefficient of a row depends on that row alone."""
+        return self.weights is not None and self.loss["importance_sampling_level"] == "token"
+
+    def groups(self, chunks: tuple[Tensor, ...], size: int) -> Iterator[Group]:
+        """Yield the chunks one by one, or join their rows into whole trajectories of about `size` rows."""
+        if self.of_rows or not chunks:
+            yield from (Group((chunk,), slice(0), slice(0)) for chunk in chunks)
+            return
+        cells = torch.cat(chunks)
+        layout = Layout(tuple(self.mask.shape), self.cu_seqlens)
+        ends = layout.ends().to(cells.device)
+        rows_before = [0, *torch.searchsorted(cells, ends).tolist()]
+        tokens_before = [0, *ends.tolist()]
+        first = 0
+        for last in range(1, len(rows_before)):
+            following = rows_before[min(last + 1, len(rows_before) - 1)]
+            if last < len(rows_before) - 1 and following - rows_before[first] <= size:
+                continue
+            rows = cells[rows_before[first] : rows_before[last]]
+            if len(rows):
+                tokens = slice(tokens_before[first], tokens_before[last])
+                yield Group(rows.split(size), slice(first, last), tokens)
+            first = last
+
+    def coefficients(self, logps: Tensor, group: Group) -> Tensor:
+        """Return `[B * T]` with d loss / d logps on the rows of a group."""
+        result = torch.zeros_like(logps)
+        if self.of_rows:  # every row is a trajectory of one token
+            (cells,) = group.chunks
+            scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(-1)[cells]
+            part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None])
+            result[cells] = backends.policy_loss(
+                *part, scale=scale, cu_seqlens=None, backend=self.backend, **self.loss
+            )[2][:, 0]
+            return result
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens[group.trajectories.start : group.trajectories.stop + 1] - group.tokens.start
+        shape = (-1,) if cu_seqlens is not None else (-1, self.mask.shape[1])
+        part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), cu_seqlens)
+        scale = self.scale[group.trajectories]
+        _, _, g = backends.policy_loss(*part, scale=scale, cu_seqlens=cu_seqlens, backend=self.backend, **self.loss)
+        result[group.tokens] = g.reshape(-1)
+        return result
+
+    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> list:
+        """Return the tensors of `backends.policy_loss` for some tokens."""
+        logps, old, ref, ratio, advantages, weights, mask, role_ids, corrupted, ablated = (
+            None if x is None else take(x)
+            for x in (
+                logps, self.old_logps, self.ref_logps, self.importance_sampling_ratio, self.advantages, self.weights,
+                self.mask, self.role_ids, self.corrupted, self.ablated,
+            )
+        )  # fmt: skip
+        if weights is None:
+            base = logps if old is None else old
+            n = len(mask) if cu_seqlens is None else cu_seqlens.numel() - 1
+            streams = (None, base, corrupted, ablated, role_ids, mask, advantages)
+            _, weights, _, _ = backends.token_credit(
+                *streams, cu_seqlens=cu_seqlens, n_trajectories=n, backend=self.backend, **self.credit
+            )
+        return [logps, old, ref, ratio, advantages, weights, mask]
