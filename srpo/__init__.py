@@ -6,6 +6,7 @@ Importing `srpo` loads torch and nothing heavier: no Triton, transformers, trl o
 """
 
 from srpo.config import PRESETS, CreditConfig, LossConfig
+from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 from srpo.credit import group_advantages, role_contrast, token_advantages, token_weights
 from srpo.errors import (
     ConfigError,
@@ -22,22 +23,28 @@ from srpo.hidden import role_weighted_grpo_loss_from_hidden, selected_logps_from
 from srpo.loss import SelectedLogps, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
 from srpo.metrics import MetricSums
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
+from srpo.scoring import StreamLogps, score_streams
 from srpo.stage import LossOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Blank",
+    "Blur",
     "ConfigError",
     "ConfigWarning",
     "CreditConfig",
     "DeviceError",
     "DtypeError",
+    "GaussianNoise",
     "KernelUnavailableError",
     "LossConfig",
     "LossOutput",
     "MetricSums",
     "NonFiniteError",
+    "PatchMask",
+    "PixelLayout",
     "Role",
     "RoleGrammar",
     "RoleParse",
@@ -45,12 +52,15 @@ __all__ = [
     "SRPOError",
     "SelectedLogps",
     "ShapeError",
+    "ShuffleImages",
+    "StreamLogps",
     "group_advantages",
     "role_contrast",
     "role_ids_from_completions",
     "role_weighted_grpo_loss",
     "role_weighted_grpo_loss_from_hidden",
     "role_weighted_grpo_loss_from_logps",
+    "score_streams",
     "selected_logps",
     "selected_logps_from_hidden",
     "token_advantages",

@@ -11,7 +11,7 @@ import torch
 
 from srpo import checks
 
-MODELS = ("idefics3", "qwen25vl")
+MODELS = ("idefics3", "qwen2_5_vl", "qwen3_vl", "llava")
 DEMO_PACKAGES = {  # module: distribution
     "transformers": "transformers",
     "tokenizers": "transformers",

@@ -30,7 +30,7 @@ class Credit(NamedTuple):
 def role_contrast(
     logps: Tensor,
     *,
-    corrupted_logps: Tensor,
+    corrupted_logps: Tensor | None,
     ablated_logps: Tensor | None = None,
     role_ids: Tensor,
     completion_mask: Tensor | None = None,

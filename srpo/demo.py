@@ -7,7 +7,7 @@ Each step samples rollouts, parses their roles, scores the three streams without
 import resource
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +28,16 @@ from srpo.demo_task import (
     build_tiny_vlm,
     completion_logits,
     draw_examples,
-    mask_image_cells,
     model_inputs,
     sample,
     warm_start,
     with_completions,
 )
+from srpo.scoring import score_streams
 
 WARM_START_STEPS = 200  # at most
 PROMPTS, ROLLOUTS = 8, 8
 LEARNING_RATE = 3e-4
-MASK_PROBABILITY = 0.6
 ROLE_STYLES = {Role.OTHER: "dim", Role.PERCEPTION: "cyan", Role.REASONING: "magenta"}
 STEPS_LEGEND = (
     "[dim]perception, reasoning: mean contrast of these tokens in nats. weights: smallest and largest. The loss is "
@@ -49,14 +48,6 @@ TOKENS_LEGEND = (
     "hidden (reasoning). weight: positive, mean 1 over perception and reasoning; it multiplies the advantage, so "
     "sizes change, signs and reward do not.[/]"
 )
-
-
-class Streams(NamedTuple):
-    """Log-probs `[B, T]` of the same completions in the three contexts, scored without a gradient."""
-
-    logps: Tensor
-    corrupted_logps: Tensor
-    ablated_logps: Tensor
 
 
 class Step(NamedTuple):
@@ -107,7 +98,16 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
     advantages = srpo.group_advantages(rewards, groups)
 
     roles = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask)
-    streams = score_streams(vlm, inputs, completions, roles.role_ids, generator)
+    multimodal: dict[str, Any] = dict(inputs)
+    streams = score_streams(
+        vlm.model,
+        multimodal.pop("input_ids"),
+        multimodal.pop("attention_mask"),
+        completions.ids.shape[1],
+        role_ids=roles.role_ids,
+        generator=generator,
+        **multimodal,
+    )
     output = srpo.role_weighted_grpo_loss(
         completion_logits(vlm, inputs, completions.ids.shape[1]),
         completions.ids,
@@ -132,29 +132,6 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
     )
     seconds = time.perf_counter() - start
     return Step(examples, completions, roles, rewards, advantages, contrast, output, norm.item(), seconds)
-
-
-@torch.no_grad()
-def score_streams(
-    vlm: TinyVLM, inputs: dict[str, Tensor], completions: Completions, role_ids: Tensor, generator: torch.Generator
-) -> Streams:
-    """Score completions as they are, with image cells masked, and with the perception span hidden.
-
-    All three use the position ids of the full sequence, which are part of `inputs`.
-    """
-    length = completions.ids.shape[1]
-    visible = inputs["attention_mask"].clone()
-    visible[:, -length:] *= role_ids != Role.PERCEPTION
-    contexts = (
-        inputs,
-        mask_image_cells(vlm, inputs, generator, MASK_PROBABILITY),
-        inputs | {"attention_mask": visible},
-    )
-    scored = [
-        srpo.selected_logps(completion_logits(vlm, context, length), completions.ids, mask=completions.mask)
-        for context in contexts
-    ]
-    return Streams(*scored)
 
 
 def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:

@@ -1,7 +1,8 @@
 """The model and the task of `python -m srpo demo`: a small vision-language model that adds two digits in a picture.
 
-The architectures are real (Idefics3, Qwen2.5-VL) and built from a config; pictures come from scikit-learn's digits.
-Nothing is downloaded. A supervised warm start teaches the response format, so that log-prob contrasts mean something.
+The architectures are real (Idefics3, Qwen2.5-VL, Qwen3-VL, LLaVA) and built from a config; pictures come from
+scikit-learn's digits. Nothing is downloaded. A supervised warm start teaches the response format, so that log-prob
+contrasts mean something.
 """
 
 import re
@@ -87,7 +88,7 @@ def build_tiny_vlm(family: str) -> TinyVLM:
     """Build a model of a family from a config. Seed torch before; weights are random.
 
     Args:
-        family: `"idefics3"` or `"qwen25vl"`.
+        family: a key of `FAMILIES`.
     """
     tokenizer = build_tokenizer()
     model, image_processor = FAMILIES[family](tokenizer)
@@ -133,8 +134,29 @@ def _idefics3(tokenizer: Any) -> tuple[Any, Any]:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
-def _qwen25vl(tokenizer: Any) -> tuple[Any, Any]:
-    vision = {
+def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=_qwen_vision() | {"window_size": IMAGE_SIZE, "fullatt_block_indexes": [1]},
+        text_config=_text_settings(tokenizer, mrope_section=[4, 4, 4]),
+        **_qwen_tokens(tokenizer),
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), _qwen_processor()
+
+
+def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
+    text = _text_settings(tokenizer, mrope_section=[4, 4, 4], mrope_interleaved=True)
+    patches = (IMAGE_SIZE // PATCH) ** 2
+    config = transformers.Qwen3VLConfig(
+        vision_config=_qwen_vision() | {"num_position_embeddings": patches, "deepstack_visual_indexes": [0]},
+        text_config=text | {"head_dim": HIDDEN_SIZE // text["num_attention_heads"]},
+        **_qwen_tokens(tokenizer),
+    )
+    halves = [0.5] * 3
+    return transformers.Qwen3VLForConditionalGeneration(config), _qwen_processor(image_mean=halves, image_std=halves)
+
+
+def _qwen_vision() -> dict[str, Any]:
+    return {
         "depth": 2,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -143,28 +165,50 @@ def _qwen25vl(tokenizer: Any) -> tuple[Any, Any]:
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
-        "window_size": IMAGE_SIZE,
-        "fullatt_block_indexes": [1],
         "initializer_range": 0.1,
     }
+
+
+def _qwen_tokens(tokenizer: Any) -> dict[str, Any]:
     ids = tokenizer.convert_tokens_to_ids
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=_text_settings(tokenizer, mrope_section=[4, 4, 4]),
-        image_token_id=ids("<image>"),
-        video_token_id=ids("<|video|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
+    return {
+        "image_token_id": ids("<image>"),
+        "video_token_id": ids("<|video|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
+
+
+def _qwen_processor(**normalisation: Any) -> Any:
     area = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
-    processor = transformers.Qwen2VLImageProcessorPil(
-        patch_size=PATCH, temporal_patch_size=2, merge_size=MERGE, size=area
+    return transformers.Qwen2VLImageProcessorPil(
+        patch_size=PATCH, temporal_patch_size=2, merge_size=MERGE, size=area, **normalisation
     )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {"idefics3": _idefics3, "qwen25vl": _qwen25vl}
+def _llava(tokenizer: Any) -> tuple[Any, Any]:
+    side = PATCH * MERGE  # LLaVA does not merge patches: one of them is one image token
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=IMAGE_SIZE,
+        patch_size=side, projection_dim=32, initializer_range=0.1,
+    )  # fmt: skip
+    image: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**_text_settings(tokenizer)),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        **image,
+    )
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = transformers.CLIPImageProcessorPil(size=square, crop_size=square, do_resize=False)
+    return transformers.LlavaForConditionalGeneration(config), processor
+
+
+FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "idefics3": _idefics3, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "llava": _llava,
+}  # fmt: skip
 
 
 def draw_examples(n: int, generator: torch.Generator, *, held_out: bool) -> list[Example]:
@@ -194,7 +238,7 @@ def model_inputs(vlm: TinyVLM, examples: list[Example]) -> dict[str, Tensor]:
     pixels = vlm.image_processor(nested, return_tensors="pt")
     ids = torch.tensor([vlm.tokenizer(PROMPT)["input_ids"]] * len(examples))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels["pixel_values"]}
-    if vlm.family == "qwen25vl":
+    if vlm.family.startswith("qwen"):
         inputs["image_grid_thw"] = pixels["image_grid_thw"]
         inputs["mm_token_type_ids"] = (ids == vlm.tokenizer.convert_tokens_to_ids("<image>")).int()
     return {name: tensor.to(vlm.model.device) for name, tensor in inputs.items()}
@@ -205,7 +249,7 @@ def with_completions(vlm: TinyVLM, inputs: dict[str, Tensor], ids: Tensor, mask:
     full = dict(inputs)
     full["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     full["attention_mask"] = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
-    if vlm.family == "qwen25vl":
+    if vlm.family.startswith("qwen"):
         types = inputs["mm_token_type_ids"]
         full["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(ids, dtype=types.dtype)], dim=1)
         named = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
@@ -266,23 +310,3 @@ def sample(vlm: TinyVLM, inputs: dict[str, Tensor]) -> Completions:
     mask = (ended == 0) | ((ended == 1) & (ids == eos))
     texts = [vlm.tokenizer.decode(row[valid]) for row, valid in zip(ids, mask, strict=True)]
     return Completions(ids, mask, texts)
-
-
-def mask_image_cells(
-    vlm: TinyVLM, inputs: dict[str, Tensor], generator: torch.Generator, probability: float
-) -> dict[str, Tensor]:
-    """Black out random cells, each the pixels of one image token; ids, grids and positions stay as they are.
-
-    Black and not 0, the mean colour of normalised pixels: Idefics3 takes a picture of zeros for padding and drops it.
-    """
-    pixels, processor = inputs["pixel_values"], vlm.image_processor
-    black = -torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)
-    side = IMAGE_SIZE // (PATCH * MERGE)
-    keep = torch.rand(len(inputs["input_ids"]), side, side, generator=generator) >= probability
-    if vlm.family == "qwen25vl":  # [patches, values], channel by channel; the patches of an image token are adjacent
-        keep = keep.flatten().repeat_interleave(MERGE**2)[:, None]
-        black = black.repeat_interleave(pixels.shape[1] // 3)
-    else:  # [B, 1, 3, height, width]
-        keep = keep.repeat_interleave(PATCH * MERGE, dim=1).repeat_interleave(PATCH * MERGE, dim=2)[:, None, None]
-        black = black[:, None, None]
-    return inputs | {"pixel_values": torch.where(keep.to(pixels.device), pixels, black.to(pixels))}

@@ -17,7 +17,6 @@ from srpo import Role, demo
 from srpo.__main__ import DEMO_PACKAGES, MODELS, environment, main
 from srpo.demo_task import (
     FAMILIES,
-    IMAGE_SIZE,
     MERGE,
     PATCH,
     PROMPT,
@@ -29,7 +28,6 @@ from srpo.demo_task import (
     build_tiny_vlm,
     completion_logits,
     draw_examples,
-    mask_image_cells,
     model_inputs,
     sample,
     warm_start,
@@ -175,75 +173,36 @@ def test_responses_hold_no_special_token_but_the_end(vlm: TinyVLM):
 # ---- streams ----
 
 
-def test_masking_pixel_values_equals_masking_the_picture(vlm: TinyVLM):
-    examples = draw_examples(6, seeded(), held_out=False)
-    masked = mask_image_cells(vlm, model_inputs(vlm, examples), seeded(5), 0.6)
-
-    side = IMAGE_SIZE // CELL
-    hidden = (torch.rand(6, side, side, generator=seeded(5)) < 0.6).numpy()
-    assert 0 < hidden.sum() < hidden.size
-    painted = []
-    for example, cells in zip(examples, hidden, strict=True):
-        visible = np.kron(~cells, np.ones((CELL, CELL), dtype=bool))[..., None]
-        painted.append(Example(Image.fromarray(np.asarray(example.image) * visible), 0, 0))
-    expected = model_inputs(vlm, painted)
-    assert masked.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(masked[name], expected[name])
-
-
 def test_a_fully_masked_picture_is_still_a_picture(vlm: TinyVLM):
     inputs, completions = teacher_forced(vlm, draw_examples(3, seeded(), held_out=False))
-    blind = mask_image_cells(vlm, inputs, seeded(), 1.0)
+    blind = srpo.PatchMask(1.0).on_inputs(inputs, srpo.PixelLayout.of_model(vlm.model), generator=0)
     logits = completion_logits(vlm, blind, completions.ids.shape[1])
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[0, 0], logits[1, 0])
 
 
+def test_the_layout_read_off_the_model_is_that_of_the_image_processor(vlm: TinyVLM):
+    layout, processor = srpo.PixelLayout.of_model(vlm.model), vlm.image_processor
+    assert layout.merged_patch == PATCH * MERGE
+    torch.testing.assert_close(layout.image_mean, tuple(processor.image_mean))
+    torch.testing.assert_close(layout.image_std, tuple(processor.image_std))
+
+
 def test_streams_are_log_probs_of_their_contexts(vlm: TinyVLM):
     inputs, completions = teacher_forced(vlm, draw_examples(4, seeded(), held_out=False))
     role_ids = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask).role_ids
-    streams = demo.score_streams(vlm, inputs, completions, role_ids, seeded(7))
     length = completions.ids.shape[1]
-    corrupted = mask_image_cells(vlm, inputs, seeded(7), demo.MASK_PROBABILITY)
-    for context, scored in ((inputs, streams.logps), (corrupted, streams.corrupted_logps)):
+    streams = demo.score_streams(vlm.model, **inputs, logits_to_keep=length, role_ids=role_ids, generator=7)
+    corrupted = srpo.PatchMask().on_inputs(inputs, srpo.PixelLayout.of_model(vlm.model), generator=7)
+    everywhere, perception = completions.mask, completions.mask & (role_ids == Role.PERCEPTION)
+    for context, scored, where in (
+        (inputs, streams.logps, everywhere),
+        (corrupted, streams.corrupted_logps, perception),
+    ):
         logits = completion_logits(vlm, context, length)[:, :-1]
         expected = logits.log_softmax(-1).gather(-1, completions.ids[..., None])[..., 0]
-        torch.testing.assert_close(scored, expected.where(completions.mask, 0.0))
+        torch.testing.assert_close(scored[where], expected[where])
         assert not scored.requires_grad
-
-
-def test_the_ablated_stream_does_not_see_the_perception(vlm: TinyVLM):
-    inputs, completions = teacher_forced(vlm, draw_examples(4, seeded(), held_out=False))
-    role_ids = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask).role_ids
-    perception = role_ids == Role.PERCEPTION
-    assert perception.any(dim=1).all()
-    other_ids = torch.where(perception, completions.ids.flip(0), completions.ids)
-    rewritten = dict(inputs)
-    rewritten["input_ids"] = torch.cat([inputs["input_ids"][:, : -completions.ids.shape[1]], other_ids], dim=1)
-    seen = demo.score_streams(vlm, inputs, completions, role_ids, seeded())
-    unseen = demo.score_streams(vlm, rewritten, completions, role_ids, seeded())
-    reasoning = role_ids == Role.REASONING
-    torch.testing.assert_close(seen.ablated_logps[reasoning], unseen.ablated_logps[reasoning])
-    assert (seen.logps - unseen.logps)[reasoning].abs().max() > 1e-3
-
-
-def test_all_streams_keep_the_positions_of_the_full_sequence(vlm: TinyVLM, monkeypatch: pytest.MonkeyPatch):
-    inputs, completions = teacher_forced(vlm, draw_examples(2, seeded(), held_out=False))
-    role_ids = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask).role_ids
-    contexts = []
-    monkeypatch.setattr(
-        demo,
-        "completion_logits",
-        lambda vlm, context, length: contexts.append(context) or completion_logits(vlm, context, length),
-    )
-    demo.score_streams(vlm, inputs, completions, role_ids, seeded())
-    assert len(contexts) == 3
-    for context in contexts:
-        assert torch.equal(context["position_ids"], inputs["position_ids"])
-        assert torch.equal(context["input_ids"], inputs["input_ids"])
-    hidden = inputs["attention_mask"] - contexts[2]["attention_mask"]
-    assert torch.equal(hidden[:, -completions.ids.shape[1] :].bool(), role_ids == Role.PERCEPTION)
 
 
 # ---- the update ----

@@ -1,0 +1,140 @@
+"""What scoring asks of a Hugging Face model: its backbone, the states its head is called on, its positions."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Decoders that count positions along the mask instead of the columns, when they are given none.
+_MASK_POSITIONS = {"opt", "biogpt", "idefics"}
+# Layers whose state runs through a token that the attention mask hides.
+_STATEFUL_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "recurrent", "mlstm", "slstm"}
+
+
+def backbone_of(model: Any) -> Any:
+    """Unwrap DDP, PEFT and compile wrappers, down to what transformers calls the base model."""
+    model = _with_head(model)
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    return model.base_model
+
+
+def head_of(model: Any) -> Any:
+    """Return the module that makes logits."""
+    return _with_head(model).get_output_embeddings()
+
+
+def _with_head(model: Any) -> Any:
+    model = getattr(model, "_orig_mod", model)
+    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def keeps_state(model: Any) -> bool:
+    """Say whether a layer carries a state through tokens that the attention mask hides (linear attention, SSM)."""
+    backbone = backbone_of(model)
+    config = backbone.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    marked = any(getattr(type(module), "_is_stateful", False) for module in backbone.modules())
+    return marked or bool(_STATEFUL_LAYERS.intersection(layers))
+
+
+def counts_columns(model: Any, n_columns: int) -> bool:
+    """Say whether attention windows of fewer than `n_columns` count columns, which a mask does not take away."""
+    config = backbone_of(model).config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layers = getattr(config, "layer_types", None)
+    used = layers is None or bool({"sliding_attention", "chunked_attention"}.intersection(layers))
+    used = used and getattr(config, "use_sliding_window", True) is not False
+    return used and any(window is not None and window < n_columns for window in windows)
+
+
+def full_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
+    """Return the position ids that the model gives a full sequence; None for a model that takes none.
+
+    mRoPE positions come from the model's own `get_rope_index`. Other decoders count columns, left padding included; a
+    few count the mask.
+    """
+    backbone = backbone_of(model)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return None
+    rope_index = getattr(backbone, "get_rope_index", None)
+    if rope_index is not None and any(multimodal.get(f"{kind}_grid_thw") is not None for kind in ("image", "video")):
+        placeable = torch.where(mask.any(dim=1, keepdim=True), mask, 1)  # a row without tokens has no positions
+        known = dict(multimodal, input_ids=ids, attention_mask=placeable)
+        accepted = inspect.signature(rope_index).parameters
+        return rope_index(**{name: x for name, x in known.items() if name in accepted})[0]
+    configs = (backbone.config, backbone.config.get_text_config())
+    if any(config.model_type in _MASK_POSITIONS for config in configs):
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+
+def needs_token_types(model: Any) -> bool:
+    """Say whether positions depend on `mm_token_type_ids`: Qwen2.5-VL falls back to 1-D positions without a word."""
+    rope_index = getattr(backbone_of(model), "get_rope_index", None)
+    return rope_index is not None and "mm_token_type_ids" in inspect.signature(rope_index).parameters
+
+
+def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, bool]:
+    """Return the last `keep` states that the head is called on, and whether the head alone makes the logits of them.
+
+    The head itself is given one row. Where its weight and bias reproduce that row's logits bit by bit, the model
+    neither scales nor caps them, and no adapter sits on the head.
+    """
+    head, caught = head_of(model), []
+
+    def narrow(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(arguments[0][:, -keep:])
+        return (arguments[0][:, -1:], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(caught) != 1:
+        return logits, False
+    weight, states = head.weight, caught[0]
+    plain = weight.is_floating_point() and weight.shape == (logits.shape[-1], states.shape[-1])
+    row = nn.functional.linear(states[:, -1:], weight, getattr(head, "bias", None)) if plain else None
+    return states, row is not None and torch.equal(row.to(logits.dtype), logits)
+
+
+def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:
+    """Return the model's own logits of the last `keep` columns; its head sees no others."""
+    handle = head_of(model).register_forward_pre_hook(lambda _, args: (args[0][:, -keep:], *args[1:]))
+    try:
+        return model(**inputs, use_cache=False).logits[:, -keep:]
+    finally:
+        handle.remove()
+
+
+def image_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
+    backbone = backbone_of(model)
+    is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in backbone.parameters())  # only forward gathers
+    takes = "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
+    if not is_bare or sharded or not takes or not hasattr(backbone, "get_image_features"):
+        return None
+    accepted = inspect.signature(backbone.get_image_features).parameters
+    given = {name: x for name, x in multimodal.items() if name in accepted}
+    return {"image": backbone.get_image_features(**given, return_dict=True)}
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off, and give each submodule its own training mode back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

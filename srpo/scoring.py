@@ -1,0 +1,275 @@
+"""Score a rollout in three contexts with one model: as it is, without its image, without its perception text."""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.corruption import PatchMask, PixelLayout
+from srpo.errors import ConfigError, ShapeError
+from srpo.hidden import selected_logps_from_hidden
+from srpo.loss import selected_logps
+from srpo.model_access import (
+    counts_columns,
+    evaluating,
+    full_positions,
+    head_of,
+    head_states,
+    image_features,
+    keeps_state,
+    needs_token_types,
+    own_logits,
+)
+from srpo.model_inputs import ModelInputs, check_inputs, images_per_row
+from srpo.roles import Role
+
+_STREAMS = ("clean", "corrupted", "ablated")
+
+
+class StreamLogps(NamedTuple):
+    """Log-probs of the completion tokens in each context; none carries a gradient.
+
+    Args:
+        logps: `[B, T]` fp32 nats, 0 on padding.
+        corrupted_logps: `[B, T]` with the image corrupted: scored on perception tokens, elsewhere the clean value, so
+            that the contrast is 0; None when not asked for.
+        ablated_logps: `[B, T]` with the perception tokens hidden: scored on reasoning tokens, elsewhere the clean
+            value; None when not asked for.
+        entropy: `[B, T]` nats, of the clean context.
+    """
+
+    logps: Tensor
+    corrupted_logps: Tensor | None
+    ablated_logps: Tensor | None
+    entropy: Tensor
+
+
+@torch.no_grad()
+def score_streams(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+    *,
+    role_ids: Tensor,
+    corruption: Any = PatchMask(),  # noqa: B008 - frozen
+    generator: torch.Generator | int | None = None,
+    streams: Sequence[str] = _STREAMS,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    method: str | None = None,
+    pixel_layout: PixelLayout | None = None,
+    **multimodal_inputs: Any,
+) -> StreamLogps:
+    """Score the last `logits_to_keep` tokens as they are, with the image corrupted, and with the perception hidden.
+
+    Args:
+        model: a Hugging Face causal model, vision-language or text, DDP-wrapped or not.
+        input_ids: `[B, S]` prompt and completion, prompts padded on the left.
+        attention_mask: `[B, S]` 0/1.
+        logits_to_keep: T, the columns of the completion.
+        role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
+        corruption: one of `srpo.corruption`.
+        generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed made of `input_ids`,
+            the same on every worker.
+        streams: which of `"clean"`, `"corrupted"`, `"ablated"`; the clean one is always scored.
+        temperature: sampling temperature.
+        batch_size: sequences per forward; None: all. The result does not depend on it beyond rounding.
+        method: how perception is hidden. `"mask"` zeroes its attention mask and keeps every position; `"delete"` cuts
+            the tokens out and keeps the positions of the others. None: mask, and delete for a model whose state or
+            window a mask does not reach (linear attention, SSM, short sliding windows).
+        pixel_layout: where pictures lie in `pixel_values`; None: `PixelLayout.of_model(model)`.
+        multimodal_inputs: everything else that the model is called with (`pixel_values`, `image_grid_thw`,
+            `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images` per sequence
+            helps where images cannot be told apart by their tokens.
+
+    Returns: StreamLogps.
+
+    A token after hidden ones is scored by the last visible state before it. The corrupted forward stops at the last
+    perception token of the batch; clean and ablated share the output of the vision tower where the model allows it;
+    the head is run on the rows of the role alone. Where the head alone does not make the logits (caps, scales,
+    adapters) the model's own logits of the completion are taken. Dropout is off; training modes, gradients and random
+    generators are as before.
+
+    Gradient: none.
+
+    Memory: a forward without cache of `batch_size` sequences, and what `selected_logps_from_hidden` takes.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError.
+
+    Source: Jiang & Zou, arXiv 2605.07274.
+    """
+    call = checks.Call("score_streams", input_ids, "input_ids")
+    if input_ids.dim() != 2:
+        call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
+    _check_settings(call, input_ids, logits_to_keep, streams, batch_size, method, corruption)
+    checks.temperature(call, temperature)
+    whole = check_inputs(call, model, input_ids, attention_mask, multimodal_inputs)
+    B, T = len(input_ids), logits_to_keep
+    call.tensor("role_ids", role_ids, [(B, T)], "[B, T] with T = logits_to_keep", "int")
+    valid = attention_mask[:, -T:] != 0
+    call.within("role_ids", role_ids, 0, 2, valid, "roles (0 other, 1 perception, 2 reasoning)", "see RoleParse")
+    unreachable = keeps_state(model) or counts_columns(model, input_ids.shape[1])
+    if method == "mask" and unreachable:
+        fix = "pass method=None"
+        call.fail(ConfigError, "method", "'mask'", "'delete' for a model whose state a mask does not reach", fix)
+    if whole.has_pixels and needs_token_types(model) and "mm_token_type_ids" not in whole.multimodal:
+        fix = "pass them for the whole sequence, 0 on the completion"
+        call.fail(ConfigError, "mm_token_type_ids", "None", "the processor's, which positions depend on", fix)
+
+    images = images_per_row(call, whole)
+    corrupted = _corrupted(model, whole, corruption, generator, pixel_layout) if "corrupted" in streams else None
+    if whole.position_ids is None:
+        positions = full_positions(model, input_ids, attention_mask, whole.multimodal)
+        whole = replace(whole, position_ids=positions)
+        corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
+    scorer = _Scorer(model, temperature, "delete" if unreachable else method or "mask", tuple(streams))
+    parts = []
+    with evaluating(model):
+        for first in range(0, B, batch_size or max(B, 1)):
+            rows = slice(first, min(first + (batch_size or B), B))
+            bad = None if corrupted is None else corrupted.rows(rows, images)
+            parts.append(scorer.streams(whole.rows(rows, images), bad, role_ids[rows]))
+    return _joined(parts, valid, streams)
+
+
+class _Scorer:
+    """The model, and what the first forward tells about its head."""
+
+    def __init__(self, model: Any, temperature: float, method: str, streams: tuple[str, ...]) -> None:
+        self.model, self.temperature, self.method, self.wanted = model, temperature, method, streams
+        self.head_is_bare: bool | None = None  # None: not known yet
+
+    def streams(self, inputs: ModelInputs, corrupted: ModelInputs | None, roles: Tensor) -> list[Tensor | None]:
+        """Score the streams of some sequences: logps, corrupted, ablated, entropy."""
+        B, T = roles.shape
+        start = inputs.input_ids.shape[1] - T
+        ids, valid = inputs.input_ids[:, start:], inputs.attention_mask[:, start:] != 0
+        before = torch.arange(start - 1, start + T - 1, device=ids.device).expand(B, T)
+        seen, reasoned = valid & (roles == Role.PERCEPTION), valid & (roles == Role.REASONING)
+        reasoned = reasoned & seen.any(dim=1, keepdim=True)
+        shares = "ablated" in self.wanted and inputs.has_pixels and bool(reasoned.any())
+        if shares:
+            inputs = inputs.with_features(image_features(self.model, inputs.multimodal))
+        logps, entropy = self.score(inputs, before, ids, valid)
+        results: list[Tensor | None] = [logps, None, None, entropy]
+        if "corrupted" in self.wanted:
+            results[1] = logps
+            if corrupted is not None and corrupted.has_pixels and seen.any():
+                end = self._last_needed(corrupted, seen, start)
+                short = corrupted.columns(slice(0, start + end - 1))
+                scored, _ = self.score(short, before[:, :end], ids[:, :end], seen[:, :end])
+                results[1] = torch.cat([torch.where(seen[:, :end], scored, logps[:, :end]), logps[:, end:]], dim=1)
+        if "ablated" in self.wanted:
+            results[2] = logps
+            if reasoned.any():
+                hidden, source = ablate(inputs, seen, self.method)
+                results[2] = torch.where(reasoned, self.score(hidden, source, ids, reasoned)[0], logps)
+        return results
+
+    def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Score `ids` `[B, T]` from the states at columns `source` `[B, T]` where `mask` is set."""
+        S = inputs.input_ids.shape[1]
+        keep = S - int(source.min()) if source.numel() else 1
+        index = (source - (S - keep))[..., None]
+        options: dict[str, Any] = {"temperature": self.temperature, "mask": mask}
+        if self.head_is_bare is not False:
+            states, self.head_is_bare = head_states(self.model, inputs.kwargs(), keep)
+            if self.head_is_bare:
+                head = head_of(self.model)
+                rows, bias = _at(states, index), getattr(head, "bias", None)
+                return selected_logps_from_hidden(rows, head.weight, ids, bias=bias, return_entropy=True, **options)
+        rows = _at(own_logits(self.model, inputs.kwargs(), keep), index)
+        return selected_logps(rows, ids, return_entropy=True, **options)
+
+    @staticmethod
+    def _last_needed(inputs: ModelInputs, seen: Tensor, start: int) -> int:
+        """Return how many completion tokens the corrupted forward needs: images in the rest would lack their place."""
+        end = int(seen.any(dim=0).nonzero()[-1]) + 1
+        return seen.shape[1] if inputs.image_tokens()[:, start + end - 1 :].any() else end
+
+
+def ablate(inputs: ModelInputs, seen: Tensor, method: str) -> tuple[ModelInputs, Tensor]:
+    """Hide the completion tokens `seen` `[B, T]`; return the inputs and the column that predicts each token.
+
+    A token whose predecessor is hidden would be scored by the state of that hidden token, which still holds its own
+    embedding: it is scored by the last visible column before it instead.
+    """
+    (B, S), T = inputs.input_ids.shape, seen.shape[1]
+    columns = torch.arange(S, device=seen.device).expand(B, S)
+    gone = torch.nn.functional.pad(seen, (S - T, 0))
+    source = torch.where(gone, 0, columns).cummax(dim=1).values[:, S - T - 1 : S - 1]
+    masked = replace(inputs, attention_mask=inputs.attention_mask * ~gone)
+    if method == "mask":
+        return masked, source
+    order = (~gone).long().argsort(dim=1, stable=True)  # hidden tokens first, as padding, the others in order
+    place = torch.empty_like(order).scatter_(1, order, columns)
+    spare = int(gone.sum(dim=1).min())  # columns that are padding in every row
+    return masked.columns(order).columns(slice(spare, None)), place.gather(1, source) - spare
+
+
+def _at(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.gather(1, index.expand(-1, -1, rows.shape[-1]))
+
+
+def _corrupted(
+    model: Any,
+    whole: ModelInputs,
+    corruption: Any,
+    generator: torch.Generator | int | None,
+    pixel_layout: PixelLayout | None,
+) -> ModelInputs | None:
+    """Corrupt the whole batch at once: the split into smaller ones must not change what a picture becomes."""
+    if not whole.has_pixels:
+        _warn_without_image()
+        return None
+    if generator is None:
+        digest = hashlib.blake2b(whole.input_ids.cpu().numpy().tobytes(), digest_size=7).digest()
+        generator = int.from_bytes(digest, "little")
+    layout = pixel_layout or PixelLayout.of_model(model)
+    return replace(whole, multimodal=corruption.on_inputs(whole.multimodal, layout, generator=generator))
+
+
+@functools.cache
+def _warn_without_image() -> None:
+    message = "score_streams(): there is no image in this batch, so its perception contrasts are 0 (said once)"
+    warnings.warn(message, stacklevel=4)
+
+
+def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str]) -> StreamLogps:
+    if not parts:
+        nothing = torch.zeros(valid.shape, device=valid.device)
+        parts = [[nothing, *(nothing if name in streams else None for name in _STREAMS[1:]), nothing]]
+    joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return StreamLogps(*joined)  # pyright: ignore[reportArgumentType]
+
+
+def _check_settings(
+    call: checks.Call,
+    input_ids: Tensor,
+    logits_to_keep: Any,
+    streams: Any,
+    batch_size: Any,
+    method: Any,
+    corruption: Any,
+) -> None:
+    S = input_ids.shape[1]
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or not 0 < logits_to_keep < S:
+        fix = "pass completion_ids.size(1)"
+        call.fail(ConfigError, "logits_to_keep", repr(logits_to_keep), f"an int in [1, {S - 1}]", fix)
+    if isinstance(streams, str) or not set(streams) <= set(_STREAMS):
+        fix = "pass ('clean', 'corrupted') for a single extra pass"
+        call.fail(ConfigError, "streams", repr(streams), f"a selection of {_STREAMS}", fix)
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        call.fail(ConfigError, "batch_size", repr(batch_size), "None or a positive int", "pass batch_size=None")
+    if method not in (None, "mask", "delete"):
+        call.fail(ConfigError, "method", repr(method), "None, 'mask' or 'delete'", "pass method=None")
+    if not callable(getattr(corruption, "on_inputs", None)):
+        fix = "pass PatchMask() or another of srpo.corruption"
+        call.fail(ConfigError, "corruption", checks.describe(corruption), "a corruption with on_inputs", fix)
