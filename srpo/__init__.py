@@ -5,6 +5,7 @@
 Importing `srpo` loads torch and nothing heavier: no Triton, transformers, trl or matplotlib.
 """
 
+from srpo.ablation import perception_tokens
 from srpo.config import PRESETS, CreditConfig, LossConfig
 from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 from srpo.credit import group_advantages, role_contrast, token_advantages, token_weights
@@ -55,6 +56,7 @@ __all__ = [
     "ShuffleImages",
     "StreamLogps",
     "group_advantages",
+    "perception_tokens",
     "role_contrast",
     "role_ids_from_completions",
     "role_weighted_grpo_loss",

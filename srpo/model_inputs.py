@@ -63,6 +63,10 @@ class ModelInputs:
         rest = {name: x for name, x in self.multimodal.items() if name != "pixel_values"}
         return replace(self, multimodal=rest | {"mm_encoder_outputs": features})
 
+    def is_aligned(self, name: str, x: Any) -> bool:
+        """Say whether a multimodal input has one entry per token."""
+        return name not in _VISION and getattr(x, "shape", None) == self.input_ids.shape
+
     def columns(self, index: slice | Tensor) -> "ModelInputs":
         """Take columns of everything that has one per token: a slice, or an index `[B, S']` for each row."""
 
@@ -71,10 +75,7 @@ class ModelInputs:
                 return x[..., index]
             return x.gather(-1, index if x.dim() == 2 else index.expand(*x.shape[:-2], *index.shape))
 
-        aligned = {
-            name: take(x) if name not in _VISION and getattr(x, "shape", None) == self.input_ids.shape else x
-            for name, x in self.multimodal.items()
-        }
+        aligned = {name: take(x) if self.is_aligned(name, x) else x for name, x in self.multimodal.items()}
         positions = None if self.position_ids is None else take(self.position_ids)
         return replace(
             self, input_ids=take(self.input_ids), attention_mask=take(self.attention_mask), position_ids=positions,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from srpo import checks
+from srpo.ablation import hide, swap
 from srpo.corruption import PatchMask, PixelLayout
 from srpo.errors import ConfigError, ShapeError
 from srpo.hidden import selected_logps_from_hidden
@@ -65,6 +66,8 @@ def score_streams(
     batch_size: int | None = None,
     method: str | None = None,
     pixel_layout: PixelLayout | None = None,
+    other_perception_ids: Tensor | None = None,
+    other_perception_mask: Tensor | None = None,
     **multimodal_inputs: Any,
 ) -> StreamLogps:
     """Score the last `logits_to_keep` tokens as they are, with the image corrupted, and with the perception hidden.
@@ -85,6 +88,10 @@ def score_streams(
             the tokens out and keeps the positions of the others. None: mask, and delete for a model whose state or
             window a mask does not reach (linear attention, SSM, short sliding windows).
         pixel_layout: where pictures lie in `pixel_values`; None: `PixelLayout.of_model(model)`.
+        other_perception_ids: `[B, M]` perception tokens of another rollout (`perception_tokens`), put in the place of
+            the own ones in the ablated context: reasoning is then contrasted with a mismatched perception instead of
+            none, at the positions that the new text has.
+        other_perception_mask: `[B, M]` 0/1; None means all valid.
         multimodal_inputs: everything else that the model is called with (`pixel_values`, `image_grid_thw`,
             `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images` per sequence
             helps where images cannot be told apart by their tokens.
@@ -123,6 +130,8 @@ def score_streams(
         fix = "pass them for the whole sequence, 0 on the completion"
         call.fail(ConfigError, "mm_token_type_ids", "None", "the processor's, which positions depend on", fix)
 
+    other = _check_other(call, whole, other_perception_ids, other_perception_mask)
+
     images = images_per_row(call, whole)
     corrupted = _corrupted(model, whole, corruption, generator, pixel_layout) if "corrupted" in streams else None
     if whole.position_ids is None:
@@ -135,7 +144,8 @@ def score_streams(
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
             bad = None if corrupted is None else corrupted.rows(rows, images)
-            parts.append(scorer.streams(whole.rows(rows, images), bad, role_ids[rows]))
+            swapped = None if other is None else (other[0][rows], other[1][rows])
+            parts.append(scorer.streams(whole.rows(rows, images), bad, role_ids[rows], swapped))
     return _joined(parts, valid, streams)
 
 
@@ -146,7 +156,9 @@ class _Scorer:
         self.model, self.temperature, self.method, self.wanted = model, temperature, method, streams
         self.head_is_bare: bool | None = None  # None: not known yet
 
-    def streams(self, inputs: ModelInputs, corrupted: ModelInputs | None, roles: Tensor) -> list[Tensor | None]:
+    def streams(
+        self, inputs: ModelInputs, corrupted: ModelInputs | None, roles: Tensor, other: tuple[Tensor, Tensor] | None
+    ) -> list[Tensor | None]:
         """Score the streams of some sequences: logps, corrupted, ablated, entropy."""
         B, T = roles.shape
         start = inputs.input_ids.shape[1] - T
@@ -169,9 +181,18 @@ class _Scorer:
         if "ablated" in self.wanted:
             results[2] = logps
             if reasoned.any():
-                hidden, source = ablate(inputs, seen, self.method)
-                results[2] = torch.where(reasoned, self.score(hidden, source, ids, reasoned)[0], logps)
+                context, source = self._ablated(inputs, seen, other)
+                results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned)[0], logps)
         return results
+
+    def _ablated(
+        self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None
+    ) -> tuple[ModelInputs, Tensor]:
+        if other is None:
+            return hide(inputs, seen, cut=self.method == "delete")
+        context, source = swap(inputs, seen, *other)
+        ids, mask = context.input_ids, context.attention_mask
+        return replace(context, position_ids=full_positions(self.model, ids, mask, context.multimodal)), source
 
     def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Score `ids` `[B, T]` from the states at columns `source` `[B, T]` where `mask` is set."""
@@ -195,23 +216,22 @@ class _Scorer:
         return seen.shape[1] if inputs.image_tokens()[:, start + end - 1 :].any() else end
 
 
-def ablate(inputs: ModelInputs, seen: Tensor, method: str) -> tuple[ModelInputs, Tensor]:
-    """Hide the completion tokens `seen` `[B, T]`; return the inputs and the column that predicts each token.
-
-    A token whose predecessor is hidden would be scored by the state of that hidden token, which still holds its own
-    embedding: it is scored by the last visible column before it instead.
-    """
-    (B, S), T = inputs.input_ids.shape, seen.shape[1]
-    columns = torch.arange(S, device=seen.device).expand(B, S)
-    gone = torch.nn.functional.pad(seen, (S - T, 0))
-    source = torch.where(gone, 0, columns).cummax(dim=1).values[:, S - T - 1 : S - 1]
-    masked = replace(inputs, attention_mask=inputs.attention_mask * ~gone)
-    if method == "mask":
-        return masked, source
-    order = (~gone).long().argsort(dim=1, stable=True)  # hidden tokens first, as padding, the others in order
-    place = torch.empty_like(order).scatter_(1, order, columns)
-    spare = int(gone.sum(dim=1).min())  # columns that are padding in every row
-    return masked.columns(order).columns(slice(spare, None)), place.gather(1, source) - spare
+def _check_other(
+    call: checks.Call, inputs: ModelInputs, other_ids: Any, other_mask: Any
+) -> tuple[Tensor, Tensor] | None:
+    """Check the perception tokens of other rollouts."""
+    if other_ids is None:
+        return None
+    name = "other_perception_ids"
+    M = other_ids.shape[1] if isinstance(other_ids, Tensor) and other_ids.dim() == 2 else 0
+    shape = (len(inputs.input_ids), M)
+    call.tensor(name, other_ids, [shape], "[B, M]", "int")
+    if other_mask is not None:
+        call.tensor("other_perception_mask", other_mask, [shape], "[B, M]", "mask")
+    mask = torch.ones_like(other_ids, dtype=torch.bool) if other_mask is None else other_mask != 0
+    if inputs.image_token is not None and bool(((other_ids == inputs.image_token) & mask).any()):
+        call.fail(ConfigError, name, "image tokens", "text", "mask them with other_perception_mask")
+    return other_ids, mask
 
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:
