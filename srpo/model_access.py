@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 # Decoders that count positions along the mask instead of the columns, when they are given none.
 _MASK_POSITIONS = {"opt", "biogpt", "idefics"}
+# Settings that change what the head returns, where they are neither None nor 1.
+_LOGIT_CHANGES = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "lm_head_multiplier",
+    "output_multiplier", "output_multiplier_scale",
+)  # fmt: skip
 # Layers whose state runs through a token that the attention mask hides.
 _STATEFUL_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "recurrent", "mlstm", "slstm"}
 
@@ -83,8 +88,8 @@ def needs_token_types(model: Any) -> bool:
 def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, bool]:
     """Return the last `keep` states that the head is called on, and whether the head alone makes the logits of them.
 
-    The head itself is given one row. Where its weight and bias reproduce that row's logits bit by bit, the model
-    neither scales nor caps them, and no adapter sits on the head.
+    The head itself is given one row. Where its weight and bias reproduce that row's logits to rounding, and the config
+    names no cap or scale (which rounding may hide), the logits are the head's alone and no adapter sits on it.
     """
     head, caught = head_of(model), []
 
@@ -101,8 +106,16 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, 
         return logits, False
     weight, states = head.weight, caught[0]
     plain = weight.is_floating_point() and weight.shape == (logits.shape[-1], states.shape[-1])
-    row = nn.functional.linear(states[:, -1:], weight, getattr(head, "bias", None)) if plain else None
-    return states, row is not None and torch.equal(row.to(logits.dtype), logits)
+    if not plain or _changes_logits(model):
+        return states, False
+    row = nn.functional.linear(states[:, -1:], weight, getattr(head, "bias", None)).float()
+    allowed = 8 * torch.finfo(weight.dtype).eps * row.abs().amax().clamp(min=1e-6)
+    return states, bool((row - logits.float()).abs().amax() <= allowed)
+
+
+def _changes_logits(model: Any) -> bool:
+    config = backbone_of(model).config.get_text_config()
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
 
 
 def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:

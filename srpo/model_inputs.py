@@ -1,5 +1,6 @@
 """The inputs of a vision-language model, cut by rows and by columns: pixels follow the sequences they belong to."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ class ModelInputs:
         """Return `[B, S]`, true where an image feature is put."""
         if self.image_token is None:
             return torch.zeros_like(self.input_ids, dtype=torch.bool)
-        return (self.input_ids == self.image_token) & (self.attention_mask != 0)
+        return self.input_ids == self.image_token
 
     def with_features(self, features: dict[str, Any] | None) -> "ModelInputs":
         """Return the inputs with the output of the vision tower in place of the pixels."""
@@ -124,12 +125,20 @@ def check_inputs(
     names = ("image_token_id", "image_token_index")
     image_token = next((x for name in names if (x := getattr(config, name, None)) is not None), None)
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-    given = {name: x for name, x in multimodal.items() if x is not None}
+    given = {name: x for name, x in multimodal.items() if x is not None and name != "use_cache"}
+    for name in ("mm_token_type_ids", "position_ids"):
+        x = given.get(name)
+        if x is not None and tuple(x.shape[-2:]) != tuple(input_ids.shape):
+            fix = "give them one entry per token of prompt and completion"
+            call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
     inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, image_token, merge)
     n_tokens = int(inputs.image_tokens().sum())
     if n_tokens and not inputs.has_pixels and "inputs_embeds" not in given:
         fix = "pass the pixel_values that the processor made"
         call.fail(ConfigError, "pixel_values", "None", f"pixels for the {n_tokens} image tokens of input_ids", fix)
+    if image_token is not None and inputs.has_pixels and not n_tokens:
+        fix = "pass the input_ids that the processor made, or no pixels"
+        call.fail(ConfigError, "pixel_values", describe(given["pixel_values"]), "image tokens in input_ids too", fix)
     grid = given.get("image_grid_thw")
     if grid is not None and inputs.has_pixels:
         patches = int(grid.prod(dim=-1).sum())
@@ -149,14 +158,15 @@ def images_per_row(call: Call, inputs: ModelInputs) -> list[int] | None:
     grid = inputs.multimodal.get("image_grid_thw")
     if pixels.dim() == 5 and grid is None and len(pixels) == len(inputs.input_ids):
         return None
-    if inputs.multimodal.get("num_images") is not None:
-        return [int(n) for n in inputs.multimodal["num_images"]]
     tokens = inputs.image_tokens().sum(dim=1).tolist()
     if grid is None:
         size = sum(tokens) / max(len(pixels), 1)  # without grids all images take equally many tokens
         sizes = [size] * len(pixels)
     else:
         sizes = (grid.prod(dim=1) // inputs.merge**2).tolist()
+    given = _given_counts(call, inputs, tokens, sizes)
+    if given is not None:
+        return given
     counts, remaining = [], iter(sizes)
     for left in tokens:
         n = 0
@@ -166,4 +176,17 @@ def images_per_row(call: Call, inputs: ModelInputs) -> list[int] | None:
             fix = "pass num_images, the number of images of each sequence"
             call.fail(ShapeError, "pixel_values", describe(pixels), "images that end where sequences do", fix)
         counts.append(n)
+    return counts
+
+
+def _given_counts(call: Call, inputs: ModelInputs, tokens: list[int], sizes: list[float]) -> list[int] | None:
+    """Return the caller's `num_images` after comparing it with the image tokens of each sequence."""
+    given = inputs.multimodal.get("num_images")
+    if given is None:
+        return None
+    counts, expected = [int(n) for n in given], f"numbers of images whose tokens are {tokens} a sequence"
+    ends = [0, *itertools.accumulate(counts)]
+    found = [sum(sizes[first:last]) for first, last in itertools.pairwise(ends)]
+    if ends[-1] != len(sizes) or len(counts) != len(tokens) or found != tokens:
+        call.fail(ShapeError, "num_images", repr(counts), expected, "drop it: images are counted by their tokens")
     return counts

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -115,7 +115,8 @@ def score_streams(
     call = checks.Call("score_streams", input_ids, "input_ids")
     if input_ids.dim() != 2:
         call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
-    _check_settings(call, input_ids, logits_to_keep, streams, batch_size, method, corruption)
+    streams = _streams_of(call, streams)
+    _check_settings(call, input_ids, logits_to_keep, batch_size, method, corruption)
     checks.temperature(call, temperature)
     whole = check_inputs(call, model, input_ids, attention_mask, multimodal_inputs)
     B, T = len(input_ids), logits_to_keep
@@ -133,12 +134,14 @@ def score_streams(
     other = _check_other(call, whole, other_perception_ids, other_perception_mask)
 
     images = images_per_row(call, whole)
+    if batch_size is not None and batch_size < B and any("video" in name for name in whole.multimodal):
+        call.fail(ConfigError, "batch_size", repr(batch_size), "None with videos", "score the batch in one piece")
     corrupted = _corrupted(model, whole, corruption, generator, pixel_layout) if "corrupted" in streams else None
     if whole.position_ids is None:
         positions = full_positions(model, input_ids, attention_mask, whole.multimodal)
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
-    scorer = _Scorer(model, temperature, "delete" if unreachable else method or "mask", tuple(streams))
+    scorer = _Scorer(model, temperature, "delete" if unreachable else method or "mask", streams)
     parts = []
     with evaluating(model):
         for first in range(0, B, batch_size or max(B, 1)):
@@ -173,11 +176,14 @@ class _Scorer:
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
             results[1] = logps
-            if corrupted is not None and corrupted.has_pixels and seen.any():
-                end = self._last_needed(corrupted, seen, start)
+            seen_image = seen if corrupted is None else seen & corrupted.image_tokens().any(dim=1, keepdim=True)
+            if corrupted is not None and corrupted.has_pixels and seen_image.any():
+                end = self._last_needed(corrupted, seen_image, start)
                 short = corrupted.columns(slice(0, start + end - 1))
-                scored, _ = self.score(short, before[:, :end], ids[:, :end], seen[:, :end])
-                results[1] = torch.cat([torch.where(seen[:, :end], scored, logps[:, :end]), logps[:, end:]], dim=1)
+                scored, _ = self.score(short, before[:, :end], ids[:, :end], seen_image[:, :end])
+                results[1] = torch.cat(
+                    [torch.where(seen_image[:, :end], scored, logps[:, :end]), logps[:, end:]], dim=1
+                )
         if "ablated" in self.wanted:
             results[2] = logps
             if reasoned.any():
@@ -259,7 +265,7 @@ def _corrupted(
 @functools.cache
 def _warn_without_image() -> None:
     message = "score_streams(): there is no image in this batch, so its perception contrasts are 0 (said once)"
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)  # past the cache and no_grad, to the caller
 
 
 def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str]) -> StreamLogps:
@@ -270,11 +276,18 @@ def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[s
     return StreamLogps(*joined)  # pyright: ignore[reportArgumentType]
 
 
+def _streams_of(call: checks.Call, streams: Any) -> tuple[str, ...]:
+    chosen = tuple(streams) if isinstance(streams, Iterable) and not isinstance(streams, str) else (streams,)
+    if isinstance(streams, str) or not all(isinstance(x, str) and x in _STREAMS for x in chosen):
+        fix = "pass ('clean', 'corrupted') for a single extra pass"
+        call.fail(ConfigError, "streams", repr(streams), f"a selection of {_STREAMS}", fix)
+    return chosen
+
+
 def _check_settings(
     call: checks.Call,
     input_ids: Tensor,
     logits_to_keep: Any,
-    streams: Any,
     batch_size: Any,
     method: Any,
     corruption: Any,
@@ -283,13 +296,10 @@ def _check_settings(
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or not 0 < logits_to_keep < S:
         fix = "pass completion_ids.size(1)"
         call.fail(ConfigError, "logits_to_keep", repr(logits_to_keep), f"an int in [1, {S - 1}]", fix)
-    if isinstance(streams, str) or not set(streams) <= set(_STREAMS):
-        fix = "pass ('clean', 'corrupted') for a single extra pass"
-        call.fail(ConfigError, "streams", repr(streams), f"a selection of {_STREAMS}", fix)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         call.fail(ConfigError, "batch_size", repr(batch_size), "None or a positive int", "pass batch_size=None")
     if method not in (None, "mask", "delete"):
         call.fail(ConfigError, "method", repr(method), "None, 'mask' or 'delete'", "pass method=None")
-    if not callable(getattr(corruption, "on_inputs", None)):
+    if isinstance(corruption, type) or not callable(getattr(corruption, "on_inputs", None)):
         fix = "pass PatchMask() or another of srpo.corruption"
         call.fail(ConfigError, "corruption", checks.describe(corruption), "a corruption with on_inputs", fix)

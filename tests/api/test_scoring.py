@@ -1,0 +1,753 @@
+"""Contrast scoring against forwards of the model itself: on corrupted pictures, and on rows with the span cut out.
+
+The ablation oracle runs each row alone and unpadded: perception tokens are deleted by indexing, and the positions of
+the others are those that the model's own rotary embedding received on the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import random
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_vlms
+import torch
+import transformers
+from tiny_vlms import FAMILIES, IMAGE_BLOCKS, picture
+from torch import Tensor, nn
+
+from srpo import ConfigError, DtypeError, RoleParseError, ShapeError, SRPOError, scoring
+from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
+from srpo.scoring import StreamLogps, score_streams
+from srpo_kernels import linear_head
+
+T = 9
+LENGTHS = (9, 7, 6)
+# Two spans of perception in each row, next to reasoning and apart from it, at token 0, and on padding.
+ROLES = [[0, 1, 1, 0, 2, 2, 1, 2, 2], [1, 0, 2, 1, 1, 2, 2, 1, 2], [0, 1, 0, 1, 2, 2, 1, 1, 2]]
+SEED = 5
+EXACT = {"rtol": 0, "atol": 1e-5}
+TEXT = {
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Left-padded prompts with ragged completions; text and pictures of each row, to process it alone."""
+
+    model: Any
+    ids: Tensor
+    mask: Tensor
+    roles: Tensor
+    inputs: dict[str, Any]
+    processor: Any = None
+    family: str = ""
+    texts: tuple[str, ...] = ()
+    pictures: tuple[tuple[Any, ...], ...] = ()
+
+    @property
+    def valid(self) -> Tensor:
+        return self.mask[:, -T:].bool()
+
+    @property
+    def seen(self) -> Tensor:
+        return self.valid & (self.roles == 1)
+
+    @property
+    def reasoned(self) -> Tensor:
+        return self.valid & (self.roles == 2) & self.seen.any(dim=1, keepdim=True)
+
+    def score(self, **changes: Any) -> StreamLogps:
+        arguments = {"role_ids": self.roles, "generator": SEED, **self.inputs, **changes}
+        return score_streams(self.model, self.ids, self.mask, T, **arguments)
+
+
+def draw_completions(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(20, 50, (rows, T), generator=generator)
+    mask = (torch.arange(T) < torch.tensor(LENGTHS)[:rows, None]).long()
+    return ids * mask, mask
+
+
+def processed(family: str, processor: Any, texts: Any, pictures: Any) -> dict[str, Any]:
+    flat = [image for row in pictures for image in row]
+    images = [list(row) for row in pictures] if family == "idefics3" else flat
+    return dict(processor(text=list(texts), images=images if flat else None, padding=True, return_tensors="pt"))
+
+
+def make_rollout(family: str, vlm: tuple[Any, Any], images: tuple[int, ...] = (2, 0, 1)) -> Rollout:
+    """Rows with so many images each; those of Qwen differ in size."""
+    model, processor = vlm
+    widths = (32, 24, 16) if "qwen" in family else (32,)
+    flat = [picture(3 + n % 4, (widths[n % len(widths)], 32), seed=n) for n in range(sum(images))]
+    pictures = tuple(tuple(flat[sum(images[:row]) :][:count]) for row, count in enumerate(images))
+    blocks = ["".join(IMAGE_BLOCKS[family] + "abc"[j] for j in range(count)) for count in images]
+    texts = tuple(f"<|user|>{x}{'how many?'[: 4 + 2 * row]}<|assistant|>" for row, x in enumerate(blocks))
+    prompts = processed(family, processor, texts, pictures)
+    ids, mask = draw_completions(len(images))
+    if "mm_token_type_ids" in prompts:
+        prompts["mm_token_type_ids"] = nn.functional.pad(prompts["mm_token_type_ids"], (0, T))
+    return Rollout(
+        model,
+        torch.cat([prompts.pop("input_ids"), ids], dim=1),
+        torch.cat([prompts.pop("attention_mask"), mask], dim=1),
+        torch.tensor(ROLES)[: len(images)],
+        prompts,
+        processor,
+        family,
+        texts,
+        pictures,
+    )
+
+
+def text_rollout(model: Any) -> Rollout:
+    ids, mask = draw_completions(3)
+    prompt = torch.randint(4, 50, (3, 6), generator=torch.Generator().manual_seed(2))
+    padding = (torch.arange(6) >= torch.tensor([3, 1, 0])[:, None]).long()
+    return Rollout(model, torch.cat([prompt * padding, ids], 1), torch.cat([padding, mask], 1), torch.tensor(ROLES), {})
+
+
+def build_text(name: str, **settings: Any) -> Any:
+    config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(config_class(**TEXT | settings)).eval()
+
+
+# Oracles
+
+
+@torch.no_grad()
+def own_logits(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+    """The model's logits of the completion, fp32."""
+    return model(input_ids=ids, attention_mask=mask, **inputs).logits[:, -T - 1 : -1].float()
+
+
+def own_logps(model: Any, ids: Tensor, mask: Tensor, temperature: float = 1.0, **inputs: Any) -> Tensor:
+    logits = own_logits(model, ids, mask, **inputs) / temperature
+    return logits.log_softmax(dim=-1).gather(-1, ids[:, -T:, None])[..., 0]
+
+
+@contextlib.contextmanager
+def recorded_positions(model: Any):
+    """The positions `[..., B, S]` that each forward gives the rotary embedding of the language model."""
+    (rotary,) = (m for name, m in model.named_modules() if name.endswith("rotary_emb") and "visual" not in name)
+    found: list[Tensor] = []
+
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    with rotary.register_forward_pre_hook(record, with_kwargs=True):
+        yield found
+
+
+def own_positions(rollout: Rollout) -> Tensor | None:
+    """The positions that the model gives the whole batch; None for a model without."""
+    if rollout.model.config.model_type == "opt":
+        return rollout.mask.cumsum(dim=1) - 1
+    if not any("rotary_emb" in name for name, _ in rollout.model.named_modules()):
+        return None
+    with recorded_positions(rollout.model) as found:
+        own_logits(rollout.model, rollout.ids, rollout.mask, **rollout.inputs)
+    return found[0].expand(*found[0].shape[:-2], *rollout.ids.shape)
+
+
+def deleted_logps(rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Score each row alone and unpadded, without the tokens of perception; NaN where a token is gone."""
+    positions = own_positions(rollout)
+    kept = rollout.mask.bool().clone()
+    kept[:, -T:] &= ~rollout.seen
+    out = torch.full(rollout.roles.shape, math.nan)
+    for row, keep in enumerate(kept):
+        columns = keep.nonzero()[:, 0]
+        inputs = row_inputs(rollout, row, len(columns))
+        if positions is not None:
+            inputs["position_ids"] = positions[..., row : row + 1, columns]
+        ids = rollout.ids[row : row + 1, columns]
+        with torch.no_grad():
+            logits = rollout.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits.float()
+        logps = (logits[:, :-1] / temperature).log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+        in_completion = columns >= rollout.ids.shape[1] - T
+        out[row, columns[in_completion] - rollout.ids.shape[1] + T] = logps[in_completion[1:]]
+    return out
+
+
+def row_inputs(rollout: Rollout, row: int, length: int) -> dict[str, Any]:
+    """What the processor makes of the pictures of one row."""
+    if not rollout.pictures or not rollout.pictures[row]:
+        return {}
+    texts, pictures = rollout.texts[row : row + 1], rollout.pictures[row : row + 1]
+    inputs = processed(rollout.family, rollout.processor, texts, pictures)
+    if "mm_token_type_ids" in inputs:
+        gap = length - inputs["mm_token_type_ids"].shape[1]
+        inputs["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, gap))
+    return {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")}
+
+
+def corrupted_inputs(rollout: Rollout, corruption: Any) -> dict[str, Any]:
+    return corruption.on_inputs(rollout.inputs, PixelLayout.of_model(rollout.model), generator=SEED)
+
+
+def assert_close(got: Tensor, expected: Tensor, where: Tensor, **tolerance: float) -> None:
+    assert where.any()
+    torch.testing.assert_close(got[where].float(), expected[where].float(), **tolerance or EXACT)
+
+
+def largest(a: Tensor, b: Tensor, where: Tensor) -> float:
+    return float((a - b).abs()[where].max())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def rollout(request):
+    return make_rollout(request.param, tiny_vlms.build(request.param))
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return make_rollout("qwen25vl", tiny_vlms.build("qwen25vl"))
+
+
+# Values
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_clean_scores_are_the_models_own(rollout, temperature):
+    out = rollout.score(temperature=temperature)
+    logits = own_logits(rollout.model, rollout.ids, rollout.mask, **rollout.inputs) / temperature
+    own = own_logps(rollout.model, rollout.ids, rollout.mask, temperature, **rollout.inputs)
+    assert_close(out.logps, own, rollout.valid)
+    assert_close(out.entropy, torch.distributions.Categorical(logits=logits).entropy(), rollout.valid)
+    for x in out:
+        assert (x.dtype, x.shape, x.requires_grad) == (torch.float32, (3, T), False)
+        assert torch.equal(x[~rollout.valid], torch.zeros_like(x[~rollout.valid]))
+
+
+@pytest.mark.parametrize("corruption", [PatchMask(), GaussianNoise(), Blur(), Blank(), ShuffleImages()], ids=repr)
+def test_perception_is_scored_on_the_corrupted_pixels(rollout, corruption):
+    out = rollout.score(corruption=corruption, streams=("clean", "corrupted"))
+    inputs = corrupted_inputs(rollout, corruption)
+    bad = own_logps(rollout.model, rollout.ids, rollout.mask, **inputs)
+    has_image = rollout.seen & torch.tensor([[True], [False], [True]])
+    assert_close(out.corrupted_logps, bad, rollout.seen)
+    assert largest(out.corrupted_logps, out.logps, has_image) > 1e-3
+    assert torch.equal(out.corrupted_logps[~rollout.seen], out.logps[~rollout.seen])
+
+
+def test_corrupted_pixels_equal_processing_corrupted_pictures(rollout):
+    cell = PixelLayout.of_model(rollout.model).merged_patch
+    flat = [image for row in rollout.pictures for image in row]
+    dark = iter(PatchMask().on_images(flat, generator=SEED, cell=cell))
+    pictures = [[next(dark) for _ in row] for row in rollout.pictures]
+    inputs = processed(rollout.family, rollout.processor, rollout.texts, pictures)
+    inputs = rollout.inputs | {"pixel_values": inputs["pixel_values"]}
+    bad = own_logps(rollout.model, rollout.ids, rollout.mask, 0.7, **inputs)
+    assert_close(rollout.score(temperature=0.7).corrupted_logps, bad, rollout.seen)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hiding_perception_equals_deleting_it(rollout, attention):
+    rollout.model.set_attn_implementation(attention)
+    try:
+        expected = deleted_logps(rollout, 0.7)
+        scores = [rollout.score(method=method, temperature=0.7) for method in ("mask", "delete", None)]
+    finally:
+        rollout.model.set_attn_implementation("sdpa")
+    for out in scores:
+        assert_close(out.ablated_logps, expected, rollout.reasoned)
+        assert largest(out.ablated_logps, out.logps, rollout.reasoned) > 1e-2
+        assert torch.equal(out.ablated_logps[~rollout.reasoned], out.logps[~rollout.reasoned])
+
+
+def test_a_mask_alone_would_not_delete_the_perception(rollout):
+    """The oracle tells wrong positions, and the state of a hidden predecessor, from a deletion."""
+    hidden = rollout.mask.clone()
+    hidden[:, -T:] *= rollout.roles != 1
+    masked = own_logps(rollout.model, rollout.ids, hidden, **rollout.inputs)
+    after_hidden = rollout.reasoned & nn.functional.pad(rollout.seen, (1, -1))
+    assert largest(masked, deleted_logps(rollout), after_hidden) > 1e-2
+
+
+def test_deletion_in_rows_that_differ_in_what_they_lose(rollout):
+    roles = torch.tensor([[0] * 3 + [2] * 6, [1] * 5 + [2] * 4, [2, 2, 1, 2, 2, 1, 2, 2, 2]])
+    other = replace(rollout, roles=roles)
+    expected = deleted_logps(other)
+    for method in ("mask", "delete"):
+        out = other.score(method=method)
+        assert_close(out.ablated_logps, expected, other.reasoned)
+        assert torch.equal(out.ablated_logps[0], out.logps[0])
+
+
+@pytest.mark.parametrize("corruption", [PatchMask(), ShuffleImages()], ids=repr)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_small_batches_equal_the_whole(rollout, corruption, batch_size):
+    whole = rollout.score(corruption=corruption)
+    for method in ("mask", "delete"):
+        parts = rollout.score(corruption=corruption, batch_size=batch_size, method=method)
+        for got, expected in zip(parts, whole, strict=True):
+            assert_close(got, expected, rollout.valid)
+
+
+def test_only_the_asked_streams_are_scored(rollout):
+    whole = rollout.score()
+    for streams in [("clean",), ("clean", "corrupted"), ("clean", "ablated"), ("ablated", "clean")]:
+        out = rollout.score(streams=streams)
+        for name in ("corrupted", "ablated"):
+            scores = getattr(out, f"{name}_logps")
+            assert (scores is not None) == (name in streams)
+            if scores is not None:
+                assert_close(scores, getattr(whole, f"{name}_logps"), rollout.valid)
+        assert_close(out.logps, whole.logps, rollout.valid)
+
+
+def test_a_wrapped_model_is_scored_through_its_wrapper(rollout):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.calls = rollout.model, 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    wrapper = Wrapper().eval()
+    for got, expected in zip(replace(rollout, model=wrapper).score(), rollout.score(), strict=True):
+        assert_close(got, expected, rollout.valid)
+    assert wrapper.calls == 3
+
+
+def test_positions_of_the_caller_are_used(rollout):
+    whole, positions = rollout.score(), own_positions(rollout)
+    for batch_size in (None, 1):
+        out = rollout.score(position_ids=positions, batch_size=batch_size)
+        assert_close(out.ablated_logps, whole.ablated_logps, rollout.valid)
+    moved = rollout.score(position_ids=positions * 2)
+    assert largest(moved.logps, whole.logps, rollout.valid) > 1e-2
+
+
+@pytest.mark.parametrize("images", [(1, 1, 1), (0, 2, 2), (3,), (2,)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_numbers_of_images(family, images):
+    rollout = make_rollout(family, tiny_vlms.build(family), images)
+    bad = own_logps(rollout.model, rollout.ids, rollout.mask, **corrupted_inputs(rollout, PatchMask()))
+    for batch_size in (None, 1):
+        out = rollout.score(batch_size=batch_size)
+        assert_close(out.logps, own_logps(rollout.model, rollout.ids, rollout.mask, **rollout.inputs), rollout.valid)
+        assert_close(out.corrupted_logps, bad, rollout.seen)
+        assert_close(out.ablated_logps, deleted_logps(rollout), rollout.reasoned)
+
+
+def test_the_number_of_images_may_be_given(rollout):
+    for got, expected in zip(rollout.score(num_images=[2, 0, 1], batch_size=1), rollout.score(), strict=True):
+        assert_close(got, expected, rollout.valid)
+
+
+def test_a_sequence_without_tokens_stays_finite(rollout):
+    mask = rollout.mask.clone()
+    mask[1] = 0
+    for method in ("mask", "delete"):
+        for batch_size in (None, 1):
+            out = replace(rollout, mask=mask).score(method=method, batch_size=batch_size)
+            assert all(x.isfinite().all() and not x[1].any() for x in out)
+
+
+def test_masks_and_roles_of_other_types(rollout):
+    whole = rollout.score()
+    for mask_type, role_type in [(torch.bool, torch.int8), (torch.float32, torch.uint8), (torch.int32, torch.int32)]:
+        other = replace(rollout, mask=rollout.mask.to(mask_type), roles=rollout.roles.to(role_type))
+        for got, expected in zip(other.score(), whole, strict=True):
+            assert torch.equal(got, expected)
+
+
+# Work that is not done
+
+
+@contextlib.contextmanager
+def counted_calls(module: nn.Module):
+    calls: list[nn.Module] = []
+    with module.register_forward_pre_hook(lambda module, _: calls.append(module)):
+        yield calls
+
+
+@pytest.fixture
+def head_rows(monkeypatch):
+    """How many rows each call of the chunked head multiplies."""
+    rows: list[int] = []
+    score = linear_head.score
+
+    def counting(head, hidden, ids, row_mask, return_entropy):
+        rows.append(int(row_mask.sum()))
+        return score(head, hidden, ids, row_mask, return_entropy)
+
+    monkeypatch.setattr(linear_head, "score", counting)
+    return rows
+
+
+def test_the_corrupted_forward_stops_before_the_last_perception_token(rollout):
+    S = rollout.ids.shape[1]
+    first, _, third = lasts = [S - T + int(row.nonzero().max()) for row in rollout.seen]
+    for batch_size, expected in [(None, [S, max(lasts)]), (1, [S, first, S, S, third])]:  # no image in the second row
+        with recorded_positions(rollout.model) as found:
+            rollout.score(streams=("clean", "corrupted"), batch_size=batch_size)
+        assert [positions.shape[-1] for positions in found] == expected
+
+
+def test_deleting_shortens_the_forward_and_masking_does_not(rollout):
+    S, gone = rollout.ids.shape[1], int(rollout.seen.sum(dim=1).min())
+    for method, columns in [(None, S), ("mask", S), ("delete", S - gone)]:
+        with recorded_positions(rollout.model) as found:
+            rollout.score(streams=("clean", "ablated"), method=method)
+        assert [positions.shape[-1] for positions in found] == [S, columns]
+
+
+def test_only_rows_of_the_role_reach_the_head(rollout, head_rows):
+    called: list[int] = []
+    with rollout.model.lm_head.register_forward_hook(lambda _, args, out: called.append(out.shape[:-1].numel())):
+        rollout.score()
+    with_image = rollout.seen.clone()
+    with_image[1] = False  # the second row has no image
+    assert head_rows == [int(x.sum()) for x in (rollout.valid, with_image, rollout.reasoned)]
+    assert sum(called) <= 3 * len(rollout.ids)  # a row of each sequence, to see what the model does with logits
+
+
+def vision_tower(model: Any) -> nn.Module:
+    return next(m for name, m in model.model.named_children() if name in ("visual", "vision_model", "vision_tower"))
+
+
+@pytest.mark.parametrize("streams", [("clean",), ("clean", "ablated"), ("clean", "corrupted", "ablated")])
+def test_clean_and_ablated_share_the_vision_tower(rollout, streams):
+    shares = "mm_encoder_outputs" in inspect.signature(rollout.model.model.forward).parameters
+    with counted_calls(vision_tower(rollout.model)) as calls:
+        rollout.score(streams=streams)
+    assert len(calls) == len(streams) - (shares and "ablated" in streams)
+
+
+def test_streams_without_a_token_of_their_role_cost_nothing(rollout):
+    for roles in (torch.zeros(3, T).long(), torch.full((3, T), 2)):
+        with counted_calls(rollout.model) as calls:
+            out = replace(rollout, roles=roles).score()
+        assert len(calls) == 1
+        assert torch.equal(out.corrupted_logps, out.logps)
+        assert torch.equal(out.ablated_logps, out.logps)
+
+
+# No image
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_images_the_contrast_is_0_and_one_warning_says_so(family):
+    rollout = make_rollout(family, tiny_vlms.build(family), (0, 0, 0))
+    scoring._warn_without_image.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch_size in (None, 1, None):
+            out = rollout.score(batch_size=batch_size)
+            assert torch.equal(out.corrupted_logps, out.logps)
+    (warning,) = caught
+    assert "no image" in str(warning.message)
+    assert warning.filename == __file__
+    assert_close(out.logps, own_logps(rollout.model, rollout.ids, rollout.mask), rollout.valid)
+    assert_close(out.ablated_logps, deleted_logps(rollout), rollout.reasoned)
+
+
+def test_no_warning_when_the_image_stream_is_not_asked_for():
+    rollout = make_rollout("llava", tiny_vlms.build("llava"), (0, 0, 0))
+    scoring._warn_without_image.cache_clear()
+    assert rollout.score(streams=("clean", "ablated")).corrupted_logps is None
+
+
+# The caller's state
+
+
+def test_modes_generators_gradients_and_inputs_stay_as_they_were(rollout):
+    model = copy.deepcopy(rollout.model).train()
+    model.lm_head.eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.rope_deltas = deltas = torch.tensor([7])
+    tensors = [rollout.ids, rollout.mask, rollout.roles, *rollout.inputs.values(), *model.parameters()]
+    versions, weights = [x._version for x in tensors], [x.clone() for x in tensors]
+    modes = [module.training for module in model.modules()]
+    needs = [x.requires_grad for x in model.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    generators = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    with torch.enable_grad():
+        out = replace(rollout, model=model).score()
+        assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == generators[1:]
+    assert [module.training for module in model.modules()] == modes
+    assert [x.requires_grad for x in model.parameters()] == needs
+    assert all(x.grad is None for x in model.parameters())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert model.model.rope_deltas is deltas
+    assert [x._version for x in tensors] == versions
+    assert all(torch.equal(x, before) for x, before in zip(tensors, weights, strict=True))
+    assert not any(x.requires_grad for x in out)
+
+
+def test_an_error_inside_the_model_restores_modes_and_hooks(rollout):
+    model = copy.deepcopy(rollout.model).train()
+
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    model.lm_head.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        replace(rollout, model=model).score()
+    assert all(module.training for module in model.modules())
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_dropout_is_off(rollout):
+    model = copy.deepcopy(rollout.model).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    arguments = model, rollout.ids, rollout.mask
+    assert (
+        largest(own_logps(*arguments, **rollout.inputs), own_logps(*arguments, **rollout.inputs), rollout.valid) > 1e-2
+    )
+    for got, expected in zip(replace(rollout, model=model).score(), rollout.score(), strict=True):
+        assert torch.equal(got, expected)
+
+
+# Precision
+
+
+def test_bf16_weights(rollout):
+    half = replace(
+        rollout,
+        model=copy.deepcopy(rollout.model).bfloat16(),
+        inputs={k: x.bfloat16() if x.is_floating_point() else x for k, x in rollout.inputs.items()},
+    )
+    for candidate, context in [(half, contextlib.nullcontext()), (rollout, torch.autocast("cpu", torch.bfloat16))]:
+        with context:
+            out = candidate.score()
+            own = own_logps(candidate.model, candidate.ids, candidate.mask, **candidate.inputs)
+            dark = corrupted_inputs(candidate, PatchMask())
+            bad = own_logps(candidate.model, candidate.ids, candidate.mask, **dark)
+            alone = deleted_logps(candidate)
+        assert_close(out.logps, own, candidate.valid, rtol=0, atol=1e-2)
+        assert_close(out.corrupted_logps, bad, candidate.seen, rtol=0, atol=0.05)
+        assert_close(out.ablated_logps, alone, candidate.reasoned, rtol=0, atol=0.05)
+
+
+# Seeds
+
+
+def test_seeds_decide_the_corruption(rollout):
+    def corrupted(**arguments):
+        return rollout.score(streams=("corrupted",), **arguments).corrupted_logps
+
+    generator = torch.Generator().manual_seed(SEED)
+    assert torch.equal(corrupted(generator=generator), corrupted(generator=SEED))
+    n_pictures = sum(map(len, rollout.pictures))
+    drawn = torch.Generator().manual_seed(SEED)
+    torch.randint(2**63 - 1, (n_pictures,), generator=drawn)
+    assert torch.equal(generator.get_state(), drawn.get_state())
+    assert not torch.equal(corrupted(generator=generator), corrupted(generator=SEED))
+    assert not torch.equal(corrupted(generator=SEED + 1), corrupted(generator=SEED))
+
+
+def test_without_a_seed_the_rollout_decides(rollout):
+    first = rollout.score(generator=None)
+    assert torch.equal(rollout.score(generator=None).corrupted_logps, first.corrupted_logps)
+    assert_close(rollout.score(generator=None, batch_size=1).corrupted_logps, first.corrupted_logps, rollout.valid)
+    ids = rollout.ids.clone()
+    ids[0, -1] += 1  # after the last perception token: only the corruption can change those before
+    other = replace(rollout, ids=ids).score(generator=None)
+    assert largest(other.corrupted_logps, first.corrupted_logps, rollout.seen) > 1e-3
+    assert torch.equal(other.logps[:, :-1], first.logps[:, :-1])
+
+
+# Text models, states, heads
+
+
+def small_qwen3_next() -> Any:
+    return build_text(
+        "Qwen3Next",
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        mlp_only_layers=[0, 1],
+    )
+
+
+def small_gemma3() -> Any:
+    window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT, head_dim=16, **window)).eval()
+
+
+MASKABLE = {
+    "qwen2": lambda: build_text("Qwen2"),
+    "opt": lambda: spread(build_text("OPT", ffn_dim=128, word_embed_proj_dim=64)),
+    "gemma2": lambda: build_text("Gemma2", head_dim=16, final_logit_softcapping=5.0),
+    "granite": lambda: build_text("Granite", logits_scaling=4.0),
+}
+UNREACHABLE = {
+    "mamba": lambda: spread(build_text("Mamba", state_size=8)),
+    "qwen3_next": small_qwen3_next,
+    "lfm2": lambda: build_text("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=16),
+    "gemma3 with a short window": small_gemma3,
+}
+
+
+def spread(model: Any) -> Any:
+    """Give a model whose config does not set the scale of its weights some that make tokens matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.dim() >= 2:
+                x.normal_(0, 0.15, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", [*MASKABLE, *UNREACHABLE])
+def test_text_models(name):
+    rollout = text_rollout({**MASKABLE, **UNREACHABLE}[name]())
+    expected, own = deleted_logps(rollout), own_logps(rollout.model, rollout.ids, rollout.mask)
+    for method in (None, "delete", "mask"):
+        if method == "mask" and name in UNREACHABLE:
+            with pytest.raises(ConfigError, match="method"):
+                rollout.score(method=method)
+            continue
+        for batch_size in (None, 1):
+            out = rollout.score(method=method, batch_size=batch_size, streams=("clean", "ablated"))
+            assert_close(out.logps, own, rollout.valid)
+            assert_close(out.ablated_logps, expected, rollout.reasoned)
+            assert largest(out.ablated_logps, out.logps, rollout.reasoned) > 1e-3
+
+
+class Adapter(nn.Module):
+    """A head with a low-rank addition, whose weight does not tell."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.low = base, nn.Linear(base.in_features, 2, bias=False)
+        self.high = nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.high(self.low(x))
+
+
+@pytest.mark.parametrize("make_head", [Adapter, lambda base: nn.Linear(64, base.out_features, bias=True)])
+def test_heads_with_an_adapter_or_a_bias(qwen, make_head):
+    model = copy.deepcopy(qwen.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.lm_head = make_head(model.lm_head)
+    other = replace(qwen, model=model)
+    out = other.score()
+    own = own_logps(model, other.ids, other.mask, **other.inputs)
+    assert largest(own, qwen.score().logps, qwen.valid) > 1e-2
+    assert_close(out.logps, own, other.valid)
+    dark = corrupted_inputs(other, PatchMask())
+    assert_close(out.corrupted_logps, own_logps(model, other.ids, other.mask, **dark), other.seen)
+    assert_close(out.ablated_logps, deleted_logps(other), other.reasoned)
+
+
+# Bad input
+
+
+@contextlib.contextmanager
+def no_forward():
+    def refuse(module: nn.Module, _: Any) -> None:
+        raise AssertionError(f"forward of {type(module).__name__}")
+
+    with nn.modules.module.register_module_forward_pre_hook(refuse):
+        yield
+
+
+def one_stray_role(rollout: Rollout) -> Tensor:
+    roles = rollout.roles.clone()
+    roles[0, 0] = 3
+    return roles
+
+
+# What is wrong: the changed argument, its error, and the argument that the message names where that is another.
+BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
+    "ids of one sequence": ("input_ids", lambda r: r.ids[0], ShapeError, ""),
+    "ids of floats": ("input_ids", lambda r: r.ids.float(), DtypeError, ""),
+    "ids in a list": ("input_ids", lambda r: r.ids.tolist(), DtypeError, ""),
+    "roles of another length": ("role_ids", lambda r: r.roles[:, 1:], ShapeError, ""),
+    "roles of other rows": ("role_ids", lambda r: r.roles[:2], ShapeError, ""),
+    "roles of floats": ("role_ids", lambda r: r.roles.float(), DtypeError, ""),
+    "roles in a list": ("role_ids", lambda _: ROLES, DtypeError, ""),
+    "unknown role": ("role_ids", one_stray_role, RoleParseError, ""),
+    "no mask": ("attention_mask", lambda _: None, DtypeError, ""),
+    "mask of another length": ("attention_mask", lambda r: r.mask[:, 1:], ShapeError, ""),
+    "no completion": ("logits_to_keep", lambda _: 0, ConfigError, ""),
+    "no prompt": ("logits_to_keep", lambda r: r.ids.shape[1], ConfigError, ""),
+    "completion as a flag": ("logits_to_keep", lambda _: True, ConfigError, ""),
+    "unknown stream": ("streams", lambda _: ("clean", "dark"), ConfigError, ""),
+    "streams in a string": ("streams", lambda _: "clean", ConfigError, ""),
+    "streams missing": ("streams", lambda _: None, ConfigError, ""),
+    "unknown corruption": ("corruption", lambda _: "blank", ConfigError, ""),
+    "no corruption": ("corruption", lambda _: None, ConfigError, ""),
+    "class of a corruption": ("corruption", lambda _: Blank, ConfigError, ""),
+    "unknown method": ("method", lambda _: "x", ConfigError, ""),
+    "batches of 0": ("batch_size", lambda _: 0, ConfigError, ""),
+    "batches of a half": ("batch_size", lambda _: 0.5, ConfigError, ""),
+    "temperature 0": ("temperature", lambda _: 0.0, ConfigError, ""),
+    "negative seed": ("generator", lambda _: -1, ConfigError, ""),
+    "layout in a string": ("pixel_layout", lambda _: "flattened", ConfigError, "layout"),
+    "no pixels": ("pixel_values", lambda _: None, ConfigError, ""),
+    "a grid too few": ("image_grid_thw", lambda r: r.inputs["image_grid_thw"][:2], ShapeError, ""),
+    "larger grids": ("image_grid_thw", lambda r: r.inputs["image_grid_thw"] + 2, ShapeError, ""),
+    "no grid": ("image_grid_thw", lambda _: None, SRPOError, ""),
+    "no token types": ("mm_token_type_ids", lambda _: None, ConfigError, ""),
+    "token types of the prompt": ("mm_token_type_ids", lambda r: r.inputs["mm_token_type_ids"][:, :-T], ShapeError, ""),
+    "too many images": ("num_images", lambda _: [2, 1, 1], ShapeError, ""),
+    "short positions": ("position_ids", lambda r: torch.arange(r.ids.shape[1] - 1).expand(3, 3, -1), ShapeError, ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_refused_before_any_forward(qwen, case):
+    argument, make, error, named = BAD_CALLS[case]
+    arguments = {"input_ids": qwen.ids, "attention_mask": qwen.mask, "logits_to_keep": T, "role_ids": qwen.roles}
+    with no_forward(), pytest.raises(error) as raised:
+        score_streams(qwen.model, **arguments | qwen.inputs | {argument: make(qwen)})
+    assert (named or argument) in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
+def test_pixels_that_do_not_fit_the_image_tokens(family):
+    rollout = make_rollout(family, tiny_vlms.build(family))
+    without = {"pixel_values": None, "pixel_attention_mask": None}
+    with no_forward(), pytest.raises(ConfigError, match="pixel_values"):
+        rollout.score(**without)
+    fewer = {"pixel_values": rollout.inputs["pixel_values"][:2]}
+    with no_forward(), pytest.raises(ShapeError, match="pixel_values"):
+        rollout.score(**fewer)
