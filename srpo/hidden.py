@@ -123,7 +123,8 @@ def role_weighted_grpo_loss_from_hidden(
     weights, credited = found or stage.weigh(logps, contrasts)
     shown = logps if old is None else torch.where(rows, logps, old.detach())  # a row that was skipped has ratio 1
     out = stage.finish(shown, entropy, weights, credited, num_items_in_batch, rows)
-    return out._replace(loss=out.loss + anchor, logps=logps)
+    # not out._replace(...): Dynamo of torch 2.11 cannot rebuild what that makes
+    return LossOutput(out.loss + anchor, logps, out.weights, out.entropy, out.metrics)
 
 
 @overload
