@@ -168,14 +168,18 @@ class _Engine:
         self.d_bias = weight.new_zeros(bias.shape if wants[2] else 0, dtype=self.dtype)
 
     def chunks(self, row_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the cells of the active rows, as many at a time as the workspace holds, and make the workspace."""
+        """Return the cells of the active rows in even parts that the workspace holds, and make the workspace.
+
+        Even: a product of few rows costs almost what one of many does.
+        """
         cells = row_mask.reshape(-1).nonzero().flatten()  # the one wait for a GPU: products need to know their size
         shape = (min(self.capacity, len(cells)), self.head.weight.shape[0])
         logits = self.hidden.new_empty(shape, dtype=self.head.logits_dtype())
         self.workspace = self.dlogits = row_chunks.in_huge_pages(logits)
         if any(self.wants) and logits.dtype != self.hidden.dtype:
             self.dlogits = torch.empty_like(logits, dtype=self.hidden.dtype)
-        return cells.split(self.capacity) if len(cells) else ()
+        n_chunks = -(-len(cells) // self.capacity)
+        return cells.split(-(-len(cells) // n_chunks)) if n_chunks else ()
 
     def results(self, n: int) -> list[Tensor]:
         """Return `n` zero vectors over all tokens."""
