@@ -23,15 +23,17 @@ REPEATS = {"logits": 15, "hidden": 3}
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def disagreement(provider: Callable, inputs, dtype: torch.dtype) -> str | None:
+def disagreement(level, provider: Callable, inputs, dtype: torch.dtype) -> str | None:
     """Compare loss and gradients with eager fp64; return what is wrong, or None."""
-    truth, true_gradients = inputs.double().loss_and_gradients(inputs.eager)
+    truth, true_gradients = inputs.double().loss_and_gradients(level.eager)
     loss, gradients = inputs.loss_and_gradients(provider)
     for got, true in zip(gradients, true_gradients, strict=True):
         error = (got.double() - true).norm() / true.norm()
         if not error <= ALLOWED[dtype]:
             return f"gradient is {error:.1e} off, {ALLOWED[dtype]:.0e} allowed"
-    off = (loss.double() - truth).abs() / inputs.advantages.abs().mean()  # the loss itself is a difference near 0
+    off = (
+        loss.double() - truth
+    ).abs() / inputs.rollout.advantages.abs().mean()  # the loss itself is a difference near 0
     return None if off <= ALLOWED[dtype] else f"loss is {off:.1e} mean advantages off, {ALLOWED[dtype]:.0e} allowed"
 
 
@@ -43,7 +45,7 @@ def checked_providers(level, shape: tuple[int, ...], dtype: torch.dtype, device:
     for name, provider in level.PROVIDERS.items():
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             print(f"{name}: skipped, not installed")
-        elif wrong := disagreement(provider, small, dtype):
+        elif wrong := disagreement(level, provider, small, dtype):
             print(f"{dtype} {name}: not timed, {wrong}")
         else:
             right[name] = provider

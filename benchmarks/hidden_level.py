@@ -64,16 +64,11 @@ class Inputs:
     weight: Tensor  # [V, H]
     rollout: Rollout
     trains_head: bool = True
-    eager = staticmethod(eager)
-
-    @property
-    def advantages(self) -> Tensor:
-        return self.rollout.advantages
 
     def double(self) -> "Inputs":
         """Return the batch in float64."""
-        wide = self.rollout.map(lambda x: x.double() if x.is_floating_point() else x)
-        return replace(self, hidden=self.hidden.double(), weight=self.weight.double(), rollout=wide)
+        wide = {"hidden": self.hidden.double(), "weight": self.weight.double(), "rollout": self.rollout.double()}
+        return replace(self, **wide)
 
     def loss_and_gradients(self, provider: Callable) -> tuple[Tensor, list[Tensor]]:
         """Run one forward and backward."""

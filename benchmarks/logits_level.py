@@ -25,6 +25,10 @@ class Rollout:
         """Apply a function to every tensor."""
         return Rollout(*(function(getattr(self, field.name)) for field in fields(self)))
 
+    def double(self) -> "Rollout":
+        """Return the rollout in float64."""
+        return self.map(lambda x: x.double() if x.is_floating_point() else x)
+
     def clipped_loss(self, logps: Tensor) -> Tensor:
         """Compute TRL's `dapo` loss in plain PyTorch."""
         ratio = (logps - self.old_logps).exp()
@@ -68,16 +72,10 @@ class Inputs:
 
     logits: Tensor  # [B, T, V]
     rollout: Rollout
-    eager = staticmethod(eager)
-
-    @property
-    def advantages(self) -> Tensor:
-        return self.rollout.advantages
 
     def double(self) -> "Inputs":
         """Return the batch in float64."""
-        wide = self.rollout.map(lambda x: x.double() if x.is_floating_point() else x)
-        return Inputs(self.logits.double(), wide)
+        return Inputs(self.logits.double(), self.rollout.double())
 
     def loss_and_gradients(self, provider: Callable) -> tuple[Tensor, list[Tensor]]:
         """Run one forward and backward."""

@@ -119,7 +119,7 @@ def check_inputs(
     call: Call, model: Any, input_ids: Tensor, attention_mask: Any, multimodal: Mapping[str, Any]
 ) -> ModelInputs:
     """Check the inputs of a model against each other; positions are still missing."""
-    call.tensor("input_ids", input_ids, [(*input_ids.shape[:1], *input_ids.shape[1:2])], "[B, S]", "int")
+    call.tensor("input_ids", input_ids, [tuple(input_ids.shape)], "[B, S]", "int")
     call.tensor("attention_mask", attention_mask, [tuple(input_ids.shape)], "[B, S]", "mask")
     config = backbone_of(model).config
     names = ("image_token_id", "image_token_index")

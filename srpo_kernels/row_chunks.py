@@ -94,10 +94,9 @@ def logits_gradient(
 
     def work(chunk: _Chunk, buffers: Tensor) -> None:
         x, z, probs = _load(logits, chunk, buffers)
-        target = out[chunk.b, chunk.rows]
         direct = writes_directly and isinstance(chunk.rows, slice)
         of_chunk = (None if v is None else v[chunk.place] for v in vectors)
-        workspace = (z, target if direct else probs)
+        workspace = (z, out[chunk.b, chunk.rows] if direct else probs)
         grad = reference.logits_gradient(x, ids[chunk.place], *of_chunk, temperature, whole_rows, workspace)
         if not direct:
             out[chunk.b, chunk.rows] = grad.to(out.dtype)
