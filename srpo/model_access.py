@@ -32,6 +32,12 @@ def head_of(model: Any) -> Any:
     return _with_head(model).get_output_embeddings()
 
 
+def has_head(model: Any) -> bool:
+    """Say whether this is a transformers model, wrapped or not, that makes logits."""
+    inner = _with_head(model)
+    return isinstance(model, nn.Module) and hasattr(inner, "base_model") and head_of(model) is not None
+
+
 def _with_head(model: Any) -> Any:
     model = getattr(model, "_orig_mod", model)
     while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):

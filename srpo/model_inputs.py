@@ -116,9 +116,9 @@ class ModelInputs:
 
 
 def check_inputs(
-    call: Call, model: Any, input_ids: Tensor, attention_mask: Any, multimodal: Mapping[str, Any]
+    call: Call, model: Any, input_ids: Tensor, attention_mask: Any, T: int, multimodal: Mapping[str, Any]
 ) -> ModelInputs:
-    """Check the inputs of a model against each other; positions are still missing."""
+    """Check the inputs of a model against each other; positions are still missing. The last T columns are sampled."""
     call.tensor("input_ids", input_ids, [tuple(input_ids.shape)], "[B, S]", "int")
     call.tensor("attention_mask", attention_mask, [tuple(input_ids.shape)], "[B, S]", "mask")
     config = backbone_of(model).config
@@ -132,22 +132,43 @@ def check_inputs(
             fix = "give them one entry per token of prompt and completion"
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
     inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, image_token, merge)
-    n_tokens = int(inputs.image_tokens().sum())
-    if n_tokens and not inputs.has_pixels and "inputs_embeds" not in given:
+    _check_image_tokens(call, inputs, T)
+    return inputs
+
+
+def _check_image_tokens(call: Call, inputs: ModelInputs, T: int) -> None:
+    """Check that there is a picture for the image tokens, and one of the right size where sizes are given."""
+    tokens = inputs.image_tokens()
+    n_tokens, sampled = int(tokens.sum()), int(tokens[:, -T:].sum())
+    pixels, grid = inputs.multimodal.get("pixel_values"), inputs.multimodal.get("image_grid_thw")
+    if "inputs_embeds" in inputs.multimodal:
+        return
+    if inputs.image_token is not None and inputs.has_pixels and not n_tokens:
+        fix = "pass the input_ids that the processor made, or no pixels"
+        call.fail(ConfigError, "pixel_values", describe(pixels), "image tokens in input_ids too", fix)
+    if not inputs.has_pixels:
+        n_wanted, pictures = 0, 0
+    elif grid is not None:
+        n_patches = int(grid.prod(dim=-1).sum())
+        n_wanted, pictures = n_patches // inputs.merge**2, len(grid)
+        if n_patches != len(pixels):
+            expected = f"{len(pixels)} patches, as pixel_values holds"
+            fix = "pass what the processor made of these images"
+            call.fail(ShapeError, "image_grid_thw", f"grids of {n_patches} patches", expected, fix)
+    else:  # sizes are the model's business, but no picture takes fewer tokens than the share of one
+        pictures = int((pixels != 0).flatten(2).any(dim=2).sum()) if pixels.dim() == 5 else len(pixels)
+        n_wanted = n_tokens - sampled if sampled * pictures < n_tokens - sampled else n_tokens
+    if n_tokens == n_wanted:
+        return
+    if sampled and n_tokens - sampled == n_wanted:
+        fix = "forbid the image token while sampling (suppress_tokens)"
+        call.fail(ConfigError, "input_ids", f"{sampled} image tokens in the completion", "images for them", fix)
+    if not inputs.has_pixels:
         fix = "pass the pixel_values that the processor made"
         call.fail(ConfigError, "pixel_values", "None", f"pixels for the {n_tokens} image tokens of input_ids", fix)
-    if image_token is not None and inputs.has_pixels and not n_tokens:
-        fix = "pass the input_ids that the processor made, or no pixels"
-        call.fail(ConfigError, "pixel_values", describe(given["pixel_values"]), "image tokens in input_ids too", fix)
-    grid = given.get("image_grid_thw")
-    if grid is not None and inputs.has_pixels:
-        patches = int(grid.prod(dim=-1).sum())
-        pixels = given["pixel_values"].shape[0]
-        if patches != pixels or patches // merge**2 != n_tokens:
-            expected = f"grids of {pixels} patches and {n_tokens} image tokens, as pixel_values and input_ids hold"
-            got = f"grids of {patches} patches and {patches // merge**2} tokens"
-            call.fail(ShapeError, "image_grid_thw", got, expected, "pass what the processor made of these images")
-    return inputs
+    expected = f"grids of {n_tokens} tokens, as input_ids holds"
+    fix = "pass what the processor made of these images"
+    call.fail(ShapeError, "image_grid_thw", f"grids of {n_wanted} tokens", expected, fix)
 
 
 def images_per_row(call: Call, inputs: ModelInputs) -> list[int] | None:

@@ -20,6 +20,7 @@ from srpo.model_access import (
     counts_columns,
     evaluating,
     full_positions,
+    has_head,
     head_of,
     head_states,
     image_features,
@@ -113,12 +114,15 @@ def score_streams(
     Source: Jiang & Zou, arXiv 2605.07274.
     """
     call = checks.Call("score_streams", input_ids, "input_ids")
+    if not has_head(model):
+        fix = "pass the model that returns logits, not its backbone"
+        call.fail(ConfigError, "model", type(model).__name__, "a transformers model with a language head", fix)
     if input_ids.dim() != 2:
         call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
     streams = _streams_of(call, streams)
     _check_settings(call, input_ids, logits_to_keep, batch_size, method, corruption)
     checks.temperature(call, temperature)
-    whole = check_inputs(call, model, input_ids, attention_mask, multimodal_inputs)
+    whole = check_inputs(call, model, input_ids, attention_mask, logits_to_keep, multimodal_inputs)
     B, T = len(input_ids), logits_to_keep
     call.tensor("role_ids", role_ids, [(B, T)], "[B, T] with T = logits_to_keep", "int")
     valid = attention_mask[:, -T:] != 0
@@ -172,7 +176,7 @@ class _Scorer:
         shares = "ablated" in self.wanted and inputs.has_pixels and bool(reasoned.any())
         if shares:
             inputs = inputs.with_features(image_features(self.model, inputs.multimodal))
-        logps, entropy = self.score(inputs, before, ids, valid)
+        logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
             results[1] = logps
@@ -180,7 +184,7 @@ class _Scorer:
             if corrupted is not None and corrupted.has_pixels and seen_image.any():
                 end = self._last_needed(corrupted, seen_image, start)
                 short = corrupted.columns(slice(0, start + end - 1))
-                scored, _ = self.score(short, before[:, :end], ids[:, :end], seen_image[:, :end])
+                scored = self.score(short, before[:, :end], ids[:, :end], seen_image[:, :end])
                 results[1] = torch.cat(
                     [torch.where(seen_image[:, :end], scored, logps[:, :end]), logps[:, end:]], dim=1
                 )
@@ -188,7 +192,7 @@ class _Scorer:
             results[2] = logps
             if reasoned.any():
                 context, source = self._ablated(inputs, seen, other)
-                results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned)[0], logps)
+                results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned), logps)
         return results
 
     def _ablated(
@@ -200,20 +204,19 @@ class _Scorer:
         ids, mask = context.input_ids, context.attention_mask
         return replace(context, position_ids=full_positions(self.model, ids, mask, context.multimodal)), source
 
-    def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Score `ids` `[B, T]` from the states at columns `source` `[B, T]` where `mask` is set."""
+    def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """Score `ids` `[B, T]` from the states at columns `source` `[B, T]` where `mask` is set, as `selected_logps`."""
         S = inputs.input_ids.shape[1]
         keep = S - int(source.min()) if source.numel() else 1
         index = (source - (S - keep))[..., None]
-        options: dict[str, Any] = {"temperature": self.temperature, "mask": mask}
+        options |= {"temperature": self.temperature, "mask": mask}
         if self.head_is_bare is not False:
             states, self.head_is_bare = head_states(self.model, inputs.kwargs(), keep)
             if self.head_is_bare:
                 head = head_of(self.model)
-                rows, bias = _at(states, index), getattr(head, "bias", None)
-                return selected_logps_from_hidden(rows, head.weight, ids, bias=bias, return_entropy=True, **options)
-        rows = _at(own_logits(self.model, inputs.kwargs(), keep), index)
-        return selected_logps(rows, ids, return_entropy=True, **options)
+                bias = getattr(head, "bias", None)
+                return selected_logps_from_hidden(_at(states, index), head.weight, ids, bias=bias, **options)
+        return selected_logps(_at(own_logits(self.model, inputs.kwargs(), keep), index), ids, **options)
 
     @staticmethod
     def _last_needed(inputs: ModelInputs, seen: Tensor, start: int) -> int:

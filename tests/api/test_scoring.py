@@ -697,6 +697,9 @@ def one_stray_role(rollout: Rollout) -> Tensor:
 
 # What is wrong: the changed argument, its error, and the argument that the message names where that is another.
 BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
+    "no model": ("model", lambda _: None, ConfigError, ""),
+    "a backbone": ("model", lambda r: r.model.model, ConfigError, ""),
+    "another module": ("model", lambda _: nn.Linear(2, 2), ConfigError, ""),
     "ids of one sequence": ("input_ids", lambda r: r.ids[0], ShapeError, ""),
     "ids of floats": ("input_ids", lambda r: r.ids.float(), DtypeError, ""),
     "ids in a list": ("input_ids", lambda r: r.ids.tolist(), DtypeError, ""),
@@ -736,9 +739,9 @@ BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_input_is_refused_before_any_forward(qwen, case):
     argument, make, error, named = BAD_CALLS[case]
-    arguments = {"input_ids": qwen.ids, "attention_mask": qwen.mask, "logits_to_keep": T, "role_ids": qwen.roles}
+    arguments = {"model": qwen.model, "input_ids": qwen.ids, "attention_mask": qwen.mask, "logits_to_keep": T}
     with no_forward(), pytest.raises(error) as raised:
-        score_streams(qwen.model, **arguments | qwen.inputs | {argument: make(qwen)})
+        score_streams(**arguments | {"role_ids": qwen.roles} | qwen.inputs | {argument: make(qwen)})
     assert (named or argument) in str(raised.value)
 
 
@@ -751,3 +754,12 @@ def test_pixels_that_do_not_fit_the_image_tokens(family):
     fewer = {"pixel_values": rollout.inputs["pixel_values"][:2]}
     with no_forward(), pytest.raises(ShapeError, match="pixel_values"):
         rollout.score(**fewer)
+
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_an_image_token_that_was_sampled(family):
+    rollout = make_rollout(family, tiny_vlms.build(family))
+    ids = rollout.ids.clone()
+    ids[1, -T] = rollout.model.config.image_token_id
+    with no_forward(), pytest.raises(ConfigError, match=r"input_ids got 1 image tokens in the completion.*suppress"):
+        replace(rollout, ids=ids).score()
