@@ -205,7 +205,7 @@ class _Scorer:
         return replace(context, position_ids=full_positions(self.model, ids, mask, context.multimodal)), source
 
     def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        """Score `ids` `[B, T]` from the states at columns `source` `[B, T]` where `mask` is set, as `selected_logps`."""
+        """Score `ids` `[B, T]` from the states at columns `source` where `mask` is set, as `selected_logps`."""
         S = inputs.input_ids.shape[1]
         keep = S - int(source.min()) if source.numel() else 1
         index = (source - (S - keep))[..., None]
