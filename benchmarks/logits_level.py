@@ -1,69 +1,130 @@
 """The ways to get from logits to a weighted GRPO loss and its gradient that the benchmark compares."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
-from measure import Measurement
+from providers import (
+    TRUTH_ROWS,
+    Case,
+    Provider,
+    Rollout,
+    Table,
+    credit,
+    fixed,
+    loss_off,
+    make_rollout,
+    off,
+    split,
+    surrogate,
+)
+from shapes import Shape
 from torch import Tensor
 
-from srpo import role_weighted_grpo_loss
+from srpo import PRESETS, CreditConfig, role_weighted_grpo_loss
 
-FLOOR = "two reads and one write of the logits at the copy bandwidth"
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What the loss takes beside logits or hidden states; `weights` multiply the advantages."""
-
-    completion_ids: Tensor  # [B, T]
-    advantages: Tensor  # [B]
-    old_logps: Tensor  # [B, T]
-    weights: Tensor  # [B, T]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Rollout":
-        """Apply a function to every tensor."""
-        return Rollout(*(function(getattr(self, field.name)) for field in fields(self)))
-
-    def double(self) -> "Rollout":
-        """Return the rollout in float64."""
-        return self.map(lambda x: x.double() if x.is_floating_point() else x)
-
-    def clipped_loss(self, logps: Tensor) -> Tensor:
-        """Compute TRL's `dapo` loss in plain PyTorch."""
-        ratio = (logps - self.old_logps).exp()
-        advantages = self.advantages[:, None] * self.weights
-        return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() / self.weights.numel()
+Streams = list[Tensor]
+Logps = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_rollout(ids: Tensor, logps: Tensor, generator: torch.Generator) -> Rollout:
-    """Draw advantages, weights, and old log-probs near the current ones."""
-    old = logps + 0.2 * torch.randn(ids.shape, generator=generator)
-    weights = 0.8 + 0.4 * torch.rand(ids.shape, generator=generator)
-    return Rollout(ids, torch.randn(ids.shape[0], generator=generator), old, weights)
+def with_logps(logps: Logps, **options) -> Provider:
+    """Make a provider of a function `(logits, ids) -> logps`: contrast streams are scored with it too."""
+
+    def loss(logits: Tensor, rollout: Rollout, streams: Streams) -> Tensor:
+        with torch.no_grad():
+            scored = [logps(x, rollout.completion_ids) for x in streams]
+        return rollout.loss(logps(logits, rollout.completion_ids), scored)
+
+    return Provider(loss, logps, **options)
 
 
-def eager(logits: Tensor, rollout: Rollout) -> Tensor:
+def eager(logits: Tensor, ids: Tensor) -> Tensor:
     """Take `log_softmax` and gather, in at least fp32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return rollout.clipped_loss(wide.log_softmax(-1).gather(-1, rollout.completion_ids[..., None]).squeeze(-1))
+    return wide.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
-def trl(logits: Tensor, rollout: Rollout) -> Tensor:
+@cache
+def _compiled() -> Logps:
+    return torch.compile(eager)
+
+
+def compiled(logits: Tensor, ids: Tensor) -> Tensor:
+    """Compile the same."""
+    return _compiled()(logits, ids)
+
+
+def trl(logits: Tensor, ids: Tensor) -> Tensor:
     """Take TRL's `selective_log_softmax`."""
     from trl.trainer.utils import selective_log_softmax
 
-    return rollout.clipped_loss(selective_log_softmax(logits, rollout.completion_ids).float())
+    return selective_log_softmax(logits, ids).float()
 
 
-def srpo(logits: Tensor, rollout: Rollout) -> Tensor:
-    """Take this library."""
+def trl_kernel(logits: Tensor, ids: Tensor) -> Tensor:
+    """Take TRL's Triton kernel, which makes the entropy too, as ours does."""
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, ids)[0]
+
+
+def flash_attn(logits: Tensor, ids: Tensor) -> Tensor:
+    """Take flash-attn's cross entropy, as verl and EasyR1 do."""
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return -cross_entropy_loss(logits.flatten(0, 1), ids.flatten())[0].view(ids.shape)
+
+
+def liger(logits: Tensor, rollout: Rollout, streams: Streams) -> Tensor:
+    """Take Liger's Triton loss. It has no weights per token: they enter as its engine-mismatch ratio."""
+    from liger_kernel.transformers.grpo_loss import fused_selective_log_softmax, triton_grpo_loss
+
+    ids = rollout.completion_ids
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in streams]  # it wants a position more
+    weights = credit(rollout, [fused_selective_log_softmax(x, ids) for x in padded]) if streams else rollout.weights
+    losses, _, _ = triton_grpo_loss(
+        logits, rollout.old_logps, None, ids, rollout.advantages, torch.ones_like(ids),
+        beta=0.0, eps_low=0.2, eps_high=0.2, inplace=False, vllm_is_ratio=weights,
+    )  # fmt: skip
+    return losses.mean()
+
+
+def srpo(logits: Tensor, rollout: Rollout, streams: Streams) -> Tensor:
+    """Take this library, contrast streams live."""
+    given: dict[str, Tensor | CreditConfig] = {"weights": rollout.weights}
+    if streams:
+        names = ("corrupted_logits", "ablated_logits")
+        given = dict(zip(names, streams, strict=False)) | {"role_ids": rollout.role_ids}
+        given["credit"] = PRESETS["srpo" if len(streams) == 2 else "srpo_one_pass"]
     return role_weighted_grpo_loss(
-        logits, rollout.completion_ids, rollout.advantages, weights=rollout.weights, old_logps=rollout.old_logps
-    ).loss
+        logits, rollout.completion_ids, rollout.advantages, old_logps=rollout.old_logps, **given
+    ).loss  # fmt: skip
 
 
-PROVIDERS: dict[str, Callable[[Tensor, Rollout], Tensor]] = {"eager": eager, "trl": trl, "srpo": srpo}
+def off_by_one(logits: Tensor, ids: Tensor) -> Tensor:
+    """Score the id after the right one: a mistake that the gate must catch."""
+    return eager(logits, ids.roll(1, dims=-1))
+
+
+PROVIDERS: dict[str, Provider] = {
+    "eager": with_logps(eager),
+    "torch.compile": with_logps(compiled, compiles=True),
+    "TRL": with_logps(trl, package="trl"),
+    "TRL kernel": with_logps(trl_kernel, package="trl", gpu=True),
+    "Liger": Provider(liger, package="liger_kernel", gpu=True),
+    "flash-attn": with_logps(flash_attn, package="flash_attn", gpu=True),
+    "srpo": Provider(srpo),
+    "off-by-one": with_logps(off_by_one, on_request=True),
+}
+
+
+class Truth(NamedTuple):
+    """Loss and gradient in float64."""
+
+    loss: Tensor
+    gradient: Tensor  # [B, T, V]
 
 
 @dataclass(frozen=True)
@@ -72,35 +133,90 @@ class Inputs:
 
     logits: Tensor  # [B, T, V]
     rollout: Rollout
+    streams: Streams  # of the same shape: scored without an image, and without the perception text
 
-    def double(self) -> "Inputs":
-        """Return the batch in float64."""
-        return Inputs(self.logits.double(), self.rollout.double())
+    def loss(self, provider: Provider) -> Tensor:
+        """Run one forward."""
+        with torch.no_grad():
+            return provider.loss(self.logits, self.rollout, self.streams)
 
-    def loss_and_gradients(self, provider: Callable) -> tuple[Tensor, list[Tensor]]:
+    def loss_and_gradient(self, provider: Provider) -> tuple[Tensor, Tensor]:
         """Run one forward and backward."""
         leaf = self.logits.detach().requires_grad_()
-        loss = provider(leaf, self.rollout)
+        loss = provider.loss(leaf, self.rollout, self.streams)
         loss.backward()
-        return loss.detach(), [leaf.grad]
+        return loss.detach(), leaf.grad
+
+    def truth(self) -> Truth:
+        """Compute loss and gradient in float64, some rows at a time."""
+        r, N = self.rollout.double(), self.rollout.completion_ids.numel()
+        ids = r.completion_ids.flatten()
+
+        def rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+            for first in range(0, N, TRUTH_ROWS):
+                chosen = slice(first, first + TRUTH_ROWS)
+                yield chosen, x.flatten(0, 1)[chosen].double()
+
+        scored = [torch.cat([eager(x, ids[c]) for c, x in rows(s)]).view_as(r.old_logps) for s in self.streams]
+        weights = credit(r, scored) if scored else r.weights
+        advantages, old = (r.advantages[:, None] * weights).flatten(), r.old_logps.flatten()
+        total, gradient = torch.zeros((), dtype=torch.float64, device=ids.device), []
+        for chosen, x in rows(self.logits):
+            x.requires_grad_()
+            part = surrogate(eager(x, ids[chosen]), old[chosen], advantages[chosen]).sum() / N
+            gradient.append(torch.autograd.grad(part, x)[0])
+            total += part.detach()
+        return Truth(total, torch.cat(gradient).view_as(self.logits))
+
+    def wrong_loss(self, loss: Tensor, truth: Truth) -> str | None:
+        """Return what is wrong with a loss, or None."""
+        return loss_off(loss, truth.loss, self.rollout.advantages, self.logits.dtype)
+
+    def wrong(self, result: tuple[Tensor, Tensor], truth: Truth) -> str | None:
+        """Return what is wrong with a loss and gradient, or None."""
+        loss, gradient = result
+        return off(gradient, truth.gradient, "gradient", self.logits.dtype) or self.wrong_loss(loss, truth)
 
 
-def make_inputs(B: int, T: int, V: int, _H: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-    """Draw a batch with one peak a row, as a trained model gives it."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, V, (B, T), generator=generator)
-    logits = torch.randn(B, T, V, generator=generator) * 2
-    logits.scatter_(-1, ids[..., None], 9.0)
-    logps = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    rollout = make_rollout(ids, logps, generator).map(lambda x: x.to(device))
-    return Inputs(logits.to(device, dtype), rollout)
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, n_streams: int, seed: int = 0) -> Inputs:
+    """Draw a batch with one peak a row, as a trained model gives it; streams have lower peaks."""
+    B, T, V, _ = vars(shape).values()
+    generator = torch.Generator(device).manual_seed(seed)
+    cpu = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (B, T), generator=cpu).to(device)
+
+    def draw(peak: float) -> Tensor:
+        x = 2 * torch.randn(B, T, V, generator=generator, device=device)
+        heights = peak + 2 * torch.rand(ids.shape, generator=generator, device=device)
+        return x.scatter_(-1, ids[..., None], heights[..., None])
+
+    logits = draw(9.0)
+    logps = torch.cat([eager(row, row_ids) for row, row_ids in zip(logits, ids, strict=True)]).view(B, T)
+    rollout = make_rollout(ids.cpu(), logps.cpu(), cpu).map(lambda x: x.to(device))
+    return Inputs(logits.to(dtype), rollout, [draw(8.0).to(dtype) for _ in range(n_streams)])
 
 
-def extra_cases(_inputs: Inputs) -> dict[str, Callable]:
-    """Return what is timed beside the providers: nothing."""
-    return {}
+def tables(
+    shape: Shape, dtype: torch.dtype, device: torch.device, wanted: list[str] | None, bandwidth: float
+) -> Iterator[Table]:
+    """Yield the tables of the level: forward alone, then with backward and 0, 1 and 2 contrast streams."""
+    providers, skipped = split(PROVIDERS, wanted, device)
+    one_read = shape.B * shape.T * shape.V * dtype.itemsize / bandwidth / 1e6
+    copy = Case(partial(_copy, make_inputs(shape, dtype, device, 0).logits), fixed(2 * one_read))
+    for n_streams in range(3):
+        inputs = make_inputs(shape, dtype, device, n_streams)
+        truth = inputs.truth()
+        if n_streams == 0:
+            check = partial(inputs.wrong_loss, truth=truth)
+            cases = {name: Case(partial(inputs.loss, p), fixed(one_read), check) for name, p in providers.items()}
+            yield Table("forward", "one read of the logits", cases | {"a copy": copy}, skipped)
+        floor, check = fixed((4 if n_streams else 3) * one_read), partial(inputs.wrong, truth=truth)
+        cases = {name: Case(partial(inputs.loss_and_gradient, p), floor, check) for name, p in providers.items()}
+        also = f", {n_streams} contrast stream{'s' * (n_streams > 1)}" if n_streams else ""
+        moved = f"two reads and one write of the logits{', and one read of the rows of a role' if n_streams else ''}"
+        text = f"{moved}, at the bandwidth of a copy"
+        yield Table(f"forward + backward{also}", text, cases | {"a copy": copy}, skipped)
 
 
-def floor(_name: str, inputs: Inputs, _results: dict[str, Measurement], bandwidth: float) -> float:
-    """Return the milliseconds that the memory traffic alone takes."""
-    return 3 * inputs.logits.nbytes / bandwidth / 1e6
+def _copy(x: Tensor) -> None:
+    torch.empty_like(x).copy_(x)

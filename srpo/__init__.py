@@ -22,6 +22,7 @@ from srpo.errors import (
 )
 from srpo.hidden import role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
 from srpo.loss import SelectedLogps, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
+from srpo.methods import METHODS, linear_strength, papo_loss_term, visual_similarity
 from srpo.metrics import MetricSums
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
 from srpo.scoring import StreamLogps, score_streams
@@ -30,6 +31,7 @@ from srpo.stage import LossOutput
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "Blank",
     "Blur",
@@ -56,6 +58,8 @@ __all__ = [
     "ShuffleImages",
     "StreamLogps",
     "group_advantages",
+    "linear_strength",
+    "papo_loss_term",
     "perception_tokens",
     "role_contrast",
     "role_ids_from_completions",
@@ -67,4 +71,5 @@ __all__ = [
     "selected_logps_from_hidden",
     "token_advantages",
     "token_weights",
+    "visual_similarity",
 ]

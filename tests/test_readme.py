@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+from srpo import METHODS
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -29,3 +31,10 @@ def test_ci_runs_the_lines_that_the_readme_shows():
 def test_commands_name_files_that_exist():
     for path in re.findall(r"(?:benchmarks|tests)/[\w/]+\.py", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_table_of_methods_is_that_of_the_library():
+    for method in METHODS.values():
+        needs = ", ".join(f"`{name}`" for name in method.needs) or "–"
+        title, _, arxiv = method.source.rpartition(", ")
+        assert f"| `{method.name}` | {needs} | {method.passes} | {method.changes} | {title}, arXiv {arxiv} |" in README

@@ -1,0 +1,54 @@
+"""Cost and memory from hidden states against the number of rows, the vocabulary, and the share of active rows."""
+
+from typing import Any
+
+import torch
+from hidden_level import PROVIDERS, make_inputs
+from measure import Clock, peak_memory
+from rich.progress import Progress
+from shapes import DEFAULTS, MODELS, Shape, gib_free
+
+NAMES = ("eager", "TRL", "Liger", "srpo")
+T = 256
+ROWS = tuple(512 << k for k in range(8))  # 512 to 65536
+SIZES = {"cpu": (512, 2048), "cuda": (4096, 16384)}  # rows while the vocabulary grows, and while rows become active
+VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
+SHARES = (1.0, 0.5, 0.25, 0.125)
+MOST_SECONDS = 100.0  # of one call; what is predicted to take longer is skipped
+
+
+def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], progress: Progress) -> list[dict[str, Any]]:
+    """Time each point once, after a smaller one."""
+    H, V = MODELS[DEFAULTS[device.type][0]]
+    some, more = SIZES[device.type]
+    plan = [("rows", N, Shape(N // T, T, V, H), 1.0) for N in ROWS]
+    plan += [("vocabulary", size, Shape(some // T, T, size, H), 1.0) for size in VOCABULARIES]
+    plan += [("active rows", share, Shape(more // T, T, V, H), share) for share in SHARES]
+    rate, points, latest = floors[str(dtype).removeprefix("torch.")], [], {}
+    for axis, x, shape, share in progress.track(plan, description="growth"):
+        inputs = make_inputs(shape, dtype, device).with_active(share)
+        work = 6 * shape.B * shape.T * shape.V * shape.H
+        for name in NAMES:
+            previous_work, previous = latest.get(name, (work, 0.0))
+            predicted = previous * work / previous_work
+            needed = 3 * shape.B * shape.T * shape.V * 4 / 2**30 if name == "eager" else 0.0
+            if predicted > MOST_SECONDS or PROVIDERS[name].missing(device) or needed > gib_free(device):
+                continue
+            call = _Timed(lambda p=PROVIDERS[name]: inputs.loss_and_gradients(p), device)  # noqa: B023
+            if name not in latest:
+                call()
+            peak = peak_memory(call, device)
+            latest[name] = (work * (share if name == "srpo" else 1.0), call.milliseconds / 1e3)
+            point = {"axis": axis, "x": x, "provider": name, "ms": call.milliseconds, "peak": peak}
+            points.append(point | {"floor": share * work / rate / 1e9, "logits": work / 6 / shape.H * 4 / 2**20})
+    return points
+
+
+class _Timed:
+    """A call that remembers how long it took."""
+
+    def __init__(self, function: Any, device: torch.device) -> None:
+        self.function, self.clock, self.milliseconds = function, Clock(device), 0.0
+
+    def __call__(self) -> None:
+        self.milliseconds = self.clock.milliseconds(self.function)

@@ -1,0 +1,176 @@
+"""Turn measured results into text, charts, and the README's tables.
+
+python benchmarks/report.py                  every table of every file in benchmarks/results
+python benchmarks/report.py --readme         rewrite the README's figures from the same files
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from typing import Any
+
+from tabulate import tabulate
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: python benchmarks/report.py --readme -->", "<!-- end of figures -->"
+HEADERS = ["provider", "ms", "p20", "p80", "x eager", "of floor", "peak MiB", ""]
+FORMATS = ("", ".1f", ".1f", ".1f", ".2f", ".2f", ".0f", "")
+SHOWN = ("forward + backward", "forward + backward, 2 contrast streams", "scoring", "contrast, weights, advantages")
+COLOURS = {"eager": "#7f7f7f", "TRL": "#d98200", "Liger": "#2a78b5", "srpo": "#b5202a"}
+UNITS = {"rows": "rows (tokens)", "vocabulary": "vocabulary", "active rows": "share of rollouts with a gradient"}
+
+
+def path_of(device: str) -> pathlib.Path:
+    """Return the file of a device."""
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+
+
+def save(
+    path: pathlib.Path, where: dict[str, Any], floors: dict[str, float], tables: list, points: list[dict[str, Any]]
+) -> None:
+    """Write what was measured; a part that was not measured now stays as it was."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    run = {"environment": where, "floors": floors}
+    if tables:
+        known["loss"] = run | {"tables": tables}
+    if points:
+        known["growth"] = run | {"points": points}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def heading(where: dict[str, Any], floors: dict[str, float]) -> str:
+    """Name the device, the versions, and the floors."""
+    rest = " | ".join(f"{name} {value}" for name, value in where.items() if name not in ("device", "cpu"))
+    rates = ", ".join(f"{rate:.2f} TFLOP/s in {name}" for name, rate in floors.items() if name != "copy")
+    device = " | ".join(where[name] for name in ("device", "cpu") if name in where)
+    return f"{device}\n{rest}\nfloors: copy {floors['copy']:.1f} GB/s; matrix products {rates}"
+
+
+def title(table: dict[str, Any]) -> str:
+    """Name a table."""
+    shape = {k: v for k, v in table["shape"].items() if k in {"logits": "BTV", "credit": "BT"}.get(table["level"], k)}
+    sizes = " ".join(f"{name}={size}" for name, size in shape.items())
+    return f"{table['level']}: {table['title']}, {sizes}, {table['dtype']}"
+
+
+def lines(table: dict[str, Any]) -> list[list[Any]]:
+    """Return the rows of a table."""
+    keys = ("provider", "ms", "p20", "p80", "x_eager", "of_floor", "peak", "note")
+    return [[row[key] for key in keys] for row in table["rows"]]
+
+
+def text_table(table: dict[str, Any]) -> str:
+    """Format a table for a terminal."""
+    body = tabulate(lines(table), HEADERS, floatfmt=FORMATS, missingval="")
+    skipped = "".join(f"\n{name}: {why}" for name, why in table["skipped"].items())
+    return f"{title(table)}\nfloor: {table['floor']}\n{body}{skipped}"
+
+
+def growth_text(points: list[dict[str, Any]]) -> str:
+    """Format the points of growth."""
+    rows = [[p["axis"], p["x"], p["provider"], p["ms"], p["floor"] / p["ms"], p["peak"], p["logits"]] for p in points]
+    headers = ["axis", "", "provider", "ms", "of floor", "peak MiB", "logits MiB"]
+    return tabulate(rows, headers, floatfmt=("", "g", "", ".0f", ".2f", ".0f", ".0f"))
+
+
+def plot(path: pathlib.Path) -> list[pathlib.Path]:
+    """Draw the growth of one file; return the charts."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    run = json.loads(path.read_text()).get("growth")
+    if run is None:
+        return []
+    panels = {"rows": ("ms", "peak"), "sizes": (("vocabulary", "ms"), ("active rows", "ms"))}
+    charts = []
+    for name, (left, right) in panels.items():
+        figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+        for axis, panel in zip(axes, (left, right), strict=True):
+            along, what = panel if isinstance(panel, tuple) else (name, panel)
+            _panel(axis, [p for p in run["points"] if p["axis"] == along], along, what)
+        axes[0].legend(frameon=False, fontsize=9)
+        figure.suptitle(f"hidden states to loss and gradients · {run['environment']['device']}", fontsize=10)
+        charts.append(path.with_name(f"{path.stem}-{name}.png"))
+        figure.savefig(charts[-1], dpi=130)
+        pyplot.close(figure)
+    return charts
+
+
+def _panel(axis: Any, points: list[dict[str, Any]], along: str, what: str) -> None:
+    scale = 1e3 if what == "ms" else 2**10
+    for name, colour in COLOURS.items():
+        own = [(p["x"], p[what] / scale) for p in points if p["provider"] == name]
+        if own:
+            axis.plot(*zip(*own, strict=True), marker="o", markersize=3.5, color=colour, label=name)
+    base, label = ("floor", "bare matrix products") if what == "ms" else ("logits", "one copy of the logits (fp32)")
+    below = sorted({(p["x"], p[base] / scale) for p in points})
+    axis.plot(*zip(*below, strict=True), color="black", linestyle="--", linewidth=1, label="floor")
+    axis.annotate(label, below[len(below) // 2], xytext=(4, -11), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel=UNITS[along], ylabel="seconds" if what == "ms" else "peak memory, GiB")
+    ticks = sorted({p["x"] for p in points})
+    axis.set_xticks(ticks, [f"{x:g}" if x < 1000 else f"{x / 1024:g}k" for x in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+def readme_figures() -> str:
+    """Return the README's figures: the main tables of each device, and its charts."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        known = json.loads(path.read_text())
+        if "loss" in known:
+            parts.append(_readme_tables(known["loss"]))
+        if "growth" in known:
+            where, charts = known["growth"]["environment"], sorted(path.parent.glob(f"{path.stem}-*.png"))
+            parts += [f"![{chart.stem}](benchmarks/results/{chart.name})" for chart in charts]
+            command = "`python benchmarks/bench_loss.py --growth --json --plot`"
+            parts.append(f"{command}, {where['date']}, commit {where['commit']}.")
+    return "\n\n".join(parts)
+
+
+def _readme_tables(run: dict[str, Any]) -> str:
+    where = run["environment"]
+    about = heading(where, run["floors"]).replace("\n", "  \n")
+    parts = [about, "`python benchmarks/bench_loss.py --json`:"]
+    shown = (0, 1, 4, 5, 6, 7)
+    for table in run["tables"]:
+        if table["title"] in SHOWN:
+            picked = [[line[i] for i in shown] for line in lines(table)]
+            headers, formats = [HEADERS[i] for i in shown], tuple(FORMATS[i] for i in shown)
+            body = tabulate(picked, headers, tablefmt="github", missingval="", floatfmt=formats)
+            parts.append(f"{title(table)}; floor: {table['floor']}\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def with_figures(readme: str) -> str:
+    """Return the README with its figures made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{readme_figures()}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Print all tables, or rewrite the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's figures")
+    options = parser.parse_args()
+    if options.readme:
+        path = ROOT / "README.md"
+        path.write_text(with_figures(path.read_text()))
+        return
+    for path in sorted(RESULTS.glob("*.json")):
+        known = json.loads(path.read_text())
+        for name, run in known.items():
+            print(f"{path.name}: {name}\n{heading(run['environment'], run['floors'])}\n")
+            if name == "loss":
+                print("\n\n".join(text_table(table) for table in run["tables"]))
+            else:
+                print(growth_text(run["points"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""PGPO: redistribute the weight of a response to the tokens that depend on the image."""
+
+import torch
+from torch import Tensor
+
+from srpo.methods.signals import difference, min_max, number, opened
+from srpo_kernels.reference import k3
+
+
+def pgpo_weights(
+    logps: Tensor,
+    corrupted_logps: Tensor,
+    completion_mask: Tensor | None = None,
+    *,
+    threshold: float = 0.4,
+    boost: float = 2.0,
+) -> Tensor:
+    """Suppress tokens below a threshold of visual dependency I, boost those above, and keep the sum of a response.
+
+    I = minmax of log(1 + k3(logps - corrupted_logps)),  r = I / threshold below it, 1 + boost * (I - threshold) /
+    (1 - threshold) above,  w = r * T_i / sum of r
+
+    Args:
+        logps: `[B, T]` nats, of the policy that made the rollout.
+        corrupted_logps: `[B, T]` nats, of the same tokens with the image corrupted.
+        completion_mask: `[B, T]` 0/1; None means all valid.
+        threshold: of I, in (0, 1).
+        boost: slope above the threshold.
+
+    Returns: `[B, T]` fp32 (fp64 for fp64), 0 on masked tokens; the weights of a response sum to its length, and are 1
+        where all its tokens depend equally on the image.
+
+    Gradient: none.
+
+    Memory: a few `[B, T]` tensors.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError.
+
+    Source: PGPO, arXiv 2604.01840. k3 is not clipped here, its argument is clamped to +-20 nats.
+    """
+    given = {"corrupted_logps": corrupted_logps}
+    call, mask, (clean, corrupted) = opened("pgpo_weights", "logps", logps, completion_mask, given)
+    number(call, "threshold", threshold, 1e-6, 1.0 - 1e-6, 0.4)
+    number(call, "boost", boost, 0.0, torch.inf, 2.0)
+    with torch.no_grad():
+        I = min_max(k3(difference(clean, corrupted)).log1p(), mask)  # noqa: E741 - the paper's name
+        raised = 1.0 + boost * (I - threshold) / (1.0 - threshold)
+        raw = torch.where(mask, torch.where(threshold > I, I / threshold, raised), 0.0)
+        total = raw.sum(-1, keepdim=True)
+        scaled = raw * mask.sum(-1, keepdim=True) / total
+        return torch.where(mask, torch.where(total > 0, scaled, 1.0), 0.0)

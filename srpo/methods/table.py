@@ -1,0 +1,166 @@
+"""All methods behind one call: `METHODS["vgpo"](**signals)` returns the weights that the loss takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.config import PRESETS
+from srpo.credit import role_contrast, token_weights
+from srpo.errors import ConfigError
+from srpo.methods.papo import papo_loss_term
+from srpo.methods.pgpo import pgpo_weights
+from srpo.methods.rlsd import linear_strength, rlsd_weights
+from srpo.methods.tor import tor_weights
+from srpo.methods.vgpo import vgpo_weights
+from srpo.methods.vppo import vppo_weights
+
+# Every signal a method may read, and where it comes from.
+SIGNALS: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "logps": "score_streams(...).logps, or the trainer's old log-probs",
+        "completion_mask": "the mask of valid completion tokens",
+        "role_ids": "role_ids_from_completions(...).role_ids",
+        "corrupted_logps": "score_streams(...).corrupted_logps, with role 1 on every token",
+        "ablated_logps": "score_streams(...).ablated_logps",
+        "advantages": "group_advantages(rewards, group_ids)",
+        "entropy": "score_streams(...).entropy",
+        "teacher_logps": "the log-probs of the same tokens under the teacher",
+        "similarity": "visual_similarity(model(..., output_hidden_states=True), image_token_mask, T)",
+        "group_ids": "the index of the prompt of each row",
+        "step": "trainer.state.global_step",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published way to give tokens credit, with its published defaults.
+
+    Args:
+        name: the key in `METHODS`.
+        needs: the signals it reads, beside `logps` and `completion_mask`.
+        passes: forward passes beyond the policy's own.
+        changes: what it changes in the loss, in words.
+        source: title and arXiv id.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    passes: str
+    changes: str
+    source: str
+    _weights: Callable[..., Tensor]
+    _term: Callable[..., Tensor] | None = None
+
+    def __call__(self, **signals: Any) -> Tensor:
+        """Return the weights of the tokens.
+
+        Args:
+            signals: any of `SIGNALS`; those that this method does not read are ignored.
+
+        Returns: `[B, T]` for `weights=` of the losses.
+
+        Gradient: none.
+
+        Raises: ConfigError for an unknown or a missing signal; what the method's own function raises.
+        """
+        return self._weights(**self._taken(f"METHODS[{self.name!r}]", signals))
+
+    def loss_term(self, current_logps: Tensor, /, **signals: Any) -> Tensor:
+        """Return what the method adds to the loss: 0 for all but PAPO.
+
+        Args:
+            current_logps: `[B, T]` nats of the policy that is trained, with their graph.
+            signals: as for the weights.
+
+        Returns: 0-d.
+
+        Gradient: to `current_logps`.
+
+        Raises: as the weights.
+        """
+        taken = self._taken(f"METHODS[{self.name!r}].loss_term", {**signals, "logps": current_logps})
+        return torch.zeros((), device=current_logps.device) if self._term is None else self._term(**taken)
+
+    def _taken(self, function: str, signals: dict[str, Any]) -> dict[str, Any]:
+        for name in signals.keys() - SIGNALS.keys():
+            expected = "one of " + ", ".join(SIGNALS)
+            raise ConfigError(f"{function}(): signal got {name!r}, expected {expected}; see srpo.methods.SIGNALS.")
+        for name in ("logps", *self.needs):
+            if signals.get(name) is None:
+                fix = f"pass {SIGNALS[name]}"
+                raise ConfigError(f"{function}(): {name} got None, expected what {self.name} reads; {fix}.")
+        return {name: signals.get(name) for name in ("logps", "completion_mask", *self.needs)}
+
+
+def _preset(name: str) -> Callable[..., Tensor]:
+    """Make a method of a preset of the credit stage."""
+
+    def weights(logps: Tensor, completion_mask: Tensor | None, **signals: Any) -> Tensor:
+        credit, roles = PRESETS[name], signals.pop("role_ids")
+        advantages = signals.pop("advantages", None)
+        streams = {"corrupted_logps": signals["corrupted_logps"], "ablated_logps": signals.get("ablated_logps")}
+        contrast = role_contrast(logps, **streams, role_ids=roles, completion_mask=completion_mask, credit=credit)
+        return token_weights(contrast, roles, completion_mask, advantages=advantages, credit=credit)
+
+    return weights
+
+
+def _ones(logps: Tensor, completion_mask: Tensor | None, **_: Any) -> Tensor:
+    """Return 1 on valid tokens."""
+    call = checks.Call("METHODS", logps, "logps")
+    return checks.mask_of(call, completion_mask, checks.layout_of(call, "logps", logps, None)).float()
+
+
+def _annealed(step: int, **signals: Any) -> Tensor:
+    return rlsd_weights(**signals, strength=linear_strength(step))
+
+
+_SRPO = "Structured Role-aware Policy Optimization for Multimodal Reasoning, 2605.07274"
+_BOTH = ("role_ids", "corrupted_logps", "ablated_logps")
+_ALL = (
+    Method("grpo", (), "0", "nothing", "DeepSeekMath, 2402.03300", _ones),
+    Method("srpo", _BOTH, "2", "token weights in [0.8, 1.2], mean 1", _SRPO, _preset("srpo")),
+    Method("srpo_wide", _BOTH, "2", "token weights in [0.5, 2], mean 1", _SRPO, _preset("srpo_wide")),
+    Method(
+        "srpo_one_pass", _BOTH[:2], "1", "as srpo; reasoning by image independence", _SRPO, _preset("srpo_one_pass")
+    ),
+    Method(
+        "srpo_signed", (*_BOTH, "advantages"), "2", "as srpo, exponent signed by the advantage; mean free", _SRPO,
+        _preset("srpo_signed"),
+    ),
+    Method("srpo_kl", _BOTH, "2", "as srpo, contrast k3", _SRPO, _preset("srpo_kl")),
+    Method(
+        "rlsd", ("teacher_logps", "advantages", "step"), "1 (teacher)", "token weights in [0.8, 1.2], annealed",
+        "Self-Distilled RLVR, 2604.03128", _annealed,
+    ),
+    Method(
+        "papo", ("corrupted_logps",), "1", "adds -0.01 k3 to the loss; weights stay 1",
+        "Perception-Aware Policy Optimization for Multimodal Reasoning, 2507.06448", _ones, papo_loss_term,
+    ),
+    Method(
+        "vppo", ("corrupted_logps",), "1", "keeps 40 % of the tokens; trajectory factors, mean 1",
+        "Spotlight on Token Perception for Multimodal Reinforcement Learning, 2510.09285", vppo_weights,
+    ),
+    Method(
+        "vgpo", ("similarity", "group_ids"), "0 (hidden states)", "token factors [0.1, 2], trajectory [0.9, 2]",
+        "Visually-Guided Policy Optimization for Multimodal Reasoning, 2604.09349",
+        lambda logps, **signals: vgpo_weights(**signals),
+    ),
+    Method(
+        "pgpo", ("corrupted_logps",), "1", "token weights from 0, sum kept",
+        "Not All Tokens See Equally: Perception-Grounded Policy Optimization, 2604.01840", pgpo_weights,
+    ),
+    Method(
+        "tor", ("corrupted_logps", "entropy"), "1", "1 on top entropy, 0.5 on top dependency, else 0",
+        "Bridging Perception and Reasoning: Token Reweighting for RLVR, 2603.25077", tor_weights,
+    ),
+)  # fmt: skip
+
+METHODS: MappingProxyType[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+"""SRPO, its presets, and its neighbours by name: a comparison changes one word."""
