@@ -138,29 +138,18 @@ def check_inputs(
 
 def _check_image_tokens(call: Call, inputs: ModelInputs, T: int) -> None:
     """Check that there is a picture for the image tokens, and one of the right size where sizes are given."""
-    tokens = inputs.image_tokens()
-    n_tokens, sampled = int(tokens.sum()), int(tokens[:, -T:].sum())
-    pixels, grid = inputs.multimodal.get("pixel_values"), inputs.multimodal.get("image_grid_thw")
     if "inputs_embeds" in inputs.multimodal:
         return
+    tokens = inputs.image_tokens()
+    n_tokens, sampled = int(tokens.sum()), int(tokens[:, -T:].sum())
     if inputs.image_token is not None and inputs.has_pixels and not n_tokens:
         fix = "pass the input_ids that the processor made, or no pixels"
-        call.fail(ConfigError, "pixel_values", describe(pixels), "image tokens in input_ids too", fix)
-    if not inputs.has_pixels:
-        n_wanted, pictures = 0, 0
-    elif grid is not None:
-        n_patches = int(grid.prod(dim=-1).sum())
-        n_wanted, pictures = n_patches // inputs.merge**2, len(grid)
-        if n_patches != len(pixels):
-            expected = f"{len(pixels)} patches, as pixel_values holds"
-            fix = "pass what the processor made of these images"
-            call.fail(ShapeError, "image_grid_thw", f"grids of {n_patches} patches", expected, fix)
-    else:  # sizes are the model's business, but no picture takes fewer tokens than the share of one
-        pictures = int((pixels != 0).flatten(2).any(dim=2).sum()) if pixels.dim() == 5 else len(pixels)
-        n_wanted = n_tokens - sampled if sampled * pictures < n_tokens - sampled else n_tokens
-    if n_tokens == n_wanted:
+        got = describe(inputs.multimodal["pixel_values"])
+        call.fail(ConfigError, "pixel_values", got, "image tokens in input_ids too", fix)
+    n_taken = _tokens_taken(call, inputs, n_tokens - sampled, sampled) if inputs.has_pixels else 0
+    if n_tokens == n_taken:
         return
-    if sampled and n_tokens - sampled == n_wanted:
+    if sampled and n_tokens - sampled == n_taken:
         fix = "forbid the image token while sampling (suppress_tokens)"
         call.fail(ConfigError, "input_ids", f"{sampled} image tokens in the completion", "images for them", fix)
     if not inputs.has_pixels:
@@ -168,7 +157,21 @@ def _check_image_tokens(call: Call, inputs: ModelInputs, T: int) -> None:
         call.fail(ConfigError, "pixel_values", "None", f"pixels for the {n_tokens} image tokens of input_ids", fix)
     expected = f"grids of {n_tokens} tokens, as input_ids holds"
     fix = "pass what the processor made of these images"
-    call.fail(ShapeError, "image_grid_thw", f"grids of {n_wanted} tokens", expected, fix)
+    call.fail(ShapeError, "image_grid_thw", f"grids of {n_taken} tokens", expected, fix)
+
+
+def _tokens_taken(call: Call, inputs: ModelInputs, prompted: int, sampled: int) -> int:
+    """Return how many image tokens the pictures take, of those in prompts and completions."""
+    pixels, grid = inputs.multimodal["pixel_values"], inputs.multimodal.get("image_grid_thw")
+    if grid is None:  # sizes are the model's business, but no picture takes fewer tokens than its share of the prompts'
+        pictures = int((pixels != 0).flatten(2).any(dim=2).sum()) if pixels.dim() == 5 else len(pixels)
+        return prompted if sampled * pictures < prompted else prompted + sampled
+    n_patches = int(grid.prod(dim=-1).sum())
+    if n_patches != len(pixels):
+        fix = "pass what the processor made of these images"
+        expected = f"{len(pixels)} patches, as pixel_values holds"
+        call.fail(ShapeError, "image_grid_thw", f"grids of {n_patches} patches", expected, fix)
+    return n_patches // inputs.merge**2
 
 
 def images_per_row(call: Call, inputs: ModelInputs) -> list[int] | None:

@@ -50,12 +50,14 @@ def visual_similarity(outputs: Any, image_token_mask: Tensor, logits_to_keep: in
 
 def _last_states(outputs: Any) -> Tensor:
     states = getattr(outputs, "last_hidden_state", None)
+    if states is not None:
+        return states
     layers = getattr(outputs, "hidden_states", None)
-    if states is None and not layers:
+    if not layers:
         expected = "hidden states [B, S, H], or model outputs that hold them"
         fix = "call the model with output_hidden_states=True"
         raise DtypeError(f"visual_similarity(): outputs got {type(outputs).__name__}, expected {expected}; {fix}.")
-    return layers[-1] if states is None else states
+    return layers[-1]
 
 
 def vgpo_token_factors(
