@@ -37,6 +37,8 @@ _RGB = PixelLayout("images", 1, (0.0,) * 3, (1.0,) * 3)  # pictures outside a pr
 class _Corruption:
     """The two entrances that all corruptions share."""
 
+    is_per_picture = True  # what a picture becomes does not depend on the others
+
     def on_images(
         self, images: "Sequence[Image]", *, generator: torch.Generator | int, cell: int | None = None
     ) -> "list[Image]":
@@ -251,6 +253,8 @@ class ShuffleImages(_Corruption):
 
     The result depends on the whole batch: corrupt first, split into smaller batches afterwards.
     """
+
+    is_per_picture = False
 
     def _corrupt_all(
         self,

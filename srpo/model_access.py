@@ -91,6 +91,12 @@ def needs_token_types(model: Any) -> bool:
     return rope_index is not None and "mm_token_type_ids" in inspect.signature(rope_index).parameters
 
 
+def is_sharded(model: Any) -> bool:
+    """Say whether parameters are spread over ranks and gathered by forward alone (FSDP, ZeRO-3): ranks run in step."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or any(type(x).__name__ == "DTensor" or hasattr(x, "ds_status") for x in model.parameters())
+
+
 def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, bool]:
     """Return the last `keep` states that the head is called on, and whether the head alone makes the logits of them.
 
@@ -137,9 +143,8 @@ def image_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] 
     """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
     backbone = backbone_of(model)
     is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
-    sharded = any(type(parameter).__name__ == "DTensor" for parameter in backbone.parameters())  # only forward gathers
     takes = "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
-    if not is_bare or sharded or not takes or not hasattr(backbone, "get_image_features"):
+    if not is_bare or is_sharded(backbone) or not takes or not hasattr(backbone, "get_image_features"):
         return None
     accepted = inspect.signature(backbone.get_image_features).parameters
     given = {name: x for name, x in multimodal.items() if name in accepted}

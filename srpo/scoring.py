@@ -24,6 +24,7 @@ from srpo.model_access import (
     head_of,
     head_states,
     image_features,
+    is_sharded,
     keeps_state,
     needs_token_types,
     own_logits,
@@ -80,8 +81,9 @@ def score_streams(
         logits_to_keep: T, the columns of the completion.
         role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
         corruption: one of `srpo.corruption`.
-        generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed made of `input_ids`,
-            the same on every worker.
+        generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed for each sequence,
+            made of its own valid tokens, so that a corruption does not depend on batch, padding or rank
+            (`ShuffleImages`, which mixes sequences, takes one of all `input_ids`).
         streams: which of `"clean"`, `"corrupted"`, `"ablated"`; the clean one is always scored.
         temperature: sampling temperature.
         batch_size: sequences per forward; None: all. The result does not depend on it beyond rounding.
@@ -140,7 +142,9 @@ def score_streams(
     images = images_per_row(call, whole)
     if batch_size is not None and batch_size < B and any("video" in name for name in whole.multimodal):
         call.fail(ConfigError, "batch_size", repr(batch_size), "None with videos", "score the batch in one piece")
-    corrupted = _corrupted(model, whole, corruption, generator, pixel_layout) if "corrupted" in streams else None
+    corrupted = (
+        _corrupted(model, whole, images, corruption, generator, pixel_layout) if "corrupted" in streams else None
+    )
     if whole.position_ids is None:
         positions = full_positions(model, input_ids, attention_mask, whole.multimodal)
         whole = replace(whole, position_ids=positions)
@@ -161,7 +165,8 @@ class _Scorer:
 
     def __init__(self, model: Any, temperature: float, method: str, streams: tuple[str, ...]) -> None:
         self.model, self.temperature, self.method, self.wanted = model, temperature, method, streams
-        self.head_is_bare: bool | None = None  # None: not known yet
+        self.in_step = is_sharded(model)
+        self.head_is_bare = False if self.in_step else None  # None: not known yet
 
     def streams(
         self, inputs: ModelInputs, corrupted: ModelInputs | None, roles: Tensor, other: tuple[Tensor, Tensor] | None
@@ -179,21 +184,41 @@ class _Scorer:
         logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
-            results[1] = logps
-            seen_image = seen if corrupted is None else seen & corrupted.image_tokens().any(dim=1, keepdim=True)
-            if corrupted is not None and corrupted.has_pixels and seen_image.any():
-                end = self._last_needed(corrupted, seen_image, start)
-                short = corrupted.columns(slice(0, start + end - 1))
-                scored = self.score(short, before[:, :end], ids[:, :end], seen_image[:, :end])
-                results[1] = torch.cat(
-                    [torch.where(seen_image[:, :end], scored, logps[:, :end]), logps[:, end:]], dim=1
-                )
+            results[1] = self._without_image(inputs, corrupted, seen, before, ids, logps)
         if "ablated" in self.wanted:
             results[2] = logps
             if reasoned.any():
                 context, source = self._ablated(inputs, seen, other)
                 results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned), logps)
+            else:
+                self._keep_in_step(inputs)
         return results
+
+    def _without_image(
+        self,
+        inputs: ModelInputs,
+        corrupted: ModelInputs | None,
+        seen: Tensor,
+        before: Tensor,
+        ids: Tensor,
+        clean: Tensor,
+    ) -> Tensor:
+        """Score perception tokens with the image corrupted; return the clean log-probs of all others."""
+        start = inputs.input_ids.shape[1] - seen.shape[1]
+        if corrupted is not None:
+            seen = seen & corrupted.image_tokens().any(dim=1, keepdim=True)
+        if corrupted is None or not corrupted.has_pixels or not seen.any():
+            self._keep_in_step(inputs)
+            return clean
+        end = self._last_needed(corrupted, seen, start)
+        short = corrupted.columns(slice(0, start + end - 1))
+        scored = self.score(short, before[:, :end], ids[:, :end], seen[:, :end])
+        return torch.cat([torch.where(seen[:, :end], scored, clean[:, :end]), clean[:, end:]], dim=1)
+
+    def _keep_in_step(self, inputs: ModelInputs) -> None:
+        """Run a forward that this rank has no use for: others gather parameters in theirs, and would wait for ever."""
+        if self.in_step:
+            own_logits(self.model, inputs.kwargs(), 1)
 
     def _ablated(
         self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None
@@ -250,19 +275,40 @@ def _at(rows: Tensor, index: Tensor) -> Tensor:
 def _corrupted(
     model: Any,
     whole: ModelInputs,
+    images: list[int] | None,
     corruption: Any,
     generator: torch.Generator | int | None,
     pixel_layout: PixelLayout | None,
 ) -> ModelInputs | None:
-    """Corrupt the whole batch at once: the split into smaller ones must not change what a picture becomes."""
+    """Corrupt the whole batch before it is split: what a picture becomes must not depend on the split."""
     if not whole.has_pixels:
         _warn_without_image()
         return None
-    if generator is None:
-        digest = hashlib.blake2b(whole.input_ids.cpu().numpy().tobytes(), digest_size=7).digest()
-        generator = int.from_bytes(digest, "little")
     layout = pixel_layout or PixelLayout.of_model(model)
-    return replace(whole, multimodal=corruption.on_inputs(whole.multimodal, layout, generator=generator))
+    if generator is None and getattr(corruption, "is_per_picture", False):
+        return _corrupted_by_row(whole, images, corruption, layout)
+    seed = _seed_of(whole.input_ids) if generator is None else generator
+    return replace(whole, multimodal=corruption.on_inputs(whole.multimodal, layout, generator=seed))
+
+
+def _corrupted_by_row(
+    whole: ModelInputs, images: list[int] | None, corruption: Any, layout: PixelLayout
+) -> ModelInputs:
+    """Corrupt each sequence by a seed of its own tokens: the same beside other sequences, and on other ranks."""
+    parts = []
+    for i, (ids, mask) in enumerate(zip(whole.input_ids, whole.attention_mask, strict=True)):
+        row = whole.rows(slice(i, i + 1), images)
+        if row.has_pixels:
+            seed = _seed_of(ids[mask != 0])
+            parts.append(corruption.on_inputs(row.multimodal, layout, generator=seed)["pixel_values"])
+        elif images is None:  # one entry a sequence, with an image or without
+            parts.append(whole.multimodal["pixel_values"][i : i + 1])
+    return replace(whole, multimodal=whole.multimodal | {"pixel_values": torch.cat(parts)})
+
+
+def _seed_of(ids: Tensor) -> int:
+    digest = hashlib.blake2b(ids.cpu().numpy().astype("int64").tobytes(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
 
 
 @functools.cache

@@ -578,6 +578,30 @@ def test_without_a_seed_the_rollout_decides(rollout):
     assert torch.equal(other.logps[:, :-1], first.logps[:, :-1])
 
 
+def only(rollout: Rollout, i: int, columns: int) -> Rollout:
+    """One row of a rollout with one image a row, and so many columns of padding on the left."""
+    inputs = {name: x[i : i + 1] for name, x in rollout.inputs.items()}
+    if "image_grid_thw" in rollout.inputs:
+        sizes = rollout.inputs["image_grid_thw"].prod(dim=1).tolist()
+        inputs["pixel_values"] = rollout.inputs["pixel_values"].split(sizes)[i]
+    shape = rollout.ids[:1].shape
+    inputs = {k: nn.functional.pad(x, (columns, 0)) if x.shape == shape else x for k, x in inputs.items()}
+    ids, mask = (nn.functional.pad(x[i : i + 1], (columns, 0)) for x in (rollout.ids, rollout.mask))
+    return replace(rollout, ids=ids, mask=mask, roles=rollout.roles[i : i + 1], inputs=inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_seed_a_sequence_is_corrupted_alike_in_any_batch(family):
+    rollout = make_rollout(family, tiny_vlms.build(family), images=(1, 1, 1))
+    whole = rollout.score(generator=None)
+    assert largest(whole.corrupted_logps, whole.logps, rollout.seen) > 1e-3
+    for i, columns in ((0, 0), (1, 3), (2, 0)):
+        alone = only(rollout, i, columns)
+        assert_close(alone.score(generator=None).corrupted_logps, whole.corrupted_logps[i : i + 1], alone.valid)
+    black = alone.score(corruption=Blank()).corrupted_logps  # what a picture without another becomes
+    assert_close(alone.score(generator=None, corruption=ShuffleImages()).corrupted_logps, black, alone.valid)
+
+
 # Text models, states, heads
 
 
