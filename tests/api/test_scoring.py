@@ -572,7 +572,7 @@ def test_without_a_seed_the_rollout_decides(rollout):
     assert torch.equal(rollout.score(generator=None).corrupted_logps, first.corrupted_logps)
     assert_close(rollout.score(generator=None, batch_size=1).corrupted_logps, first.corrupted_logps, rollout.valid)
     ids = rollout.ids.clone()
-    ids[0, -1] += 1  # after the last perception token: only the corruption can change those before
+    ids[0, -1] += 2  # after the last perception token: only the corruption can change those before
     other = replace(rollout, ids=ids).score(generator=None)
     assert largest(other.corrupted_logps, first.corrupted_logps, rollout.seen) > 1e-3
     assert torch.equal(other.logps[:, :-1], first.logps[:, :-1])
