@@ -37,5 +37,9 @@ class NonFiniteError(SRPOError, ValueError):
     """A value that must be finite is not."""
 
 
+class IncompatibleVersionError(SRPOError, ImportError):
+    """Another library lacks what an integration builds on."""
+
+
 class ConfigWarning(UserWarning):
     """A setting that is legal and known to go wrong."""

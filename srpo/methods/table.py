@@ -57,6 +57,11 @@ class Method:
     _weights: Callable[..., Tensor]
     _term: Callable[..., Tensor] | None = None
 
+    @property
+    def adds_a_term(self) -> bool:
+        """Say whether `loss_term` is more than 0."""
+        return self._term is not None
+
     def __call__(self, **signals: Any) -> Tensor:
         """Return the weights of the tokens.
 

@@ -1,0 +1,1 @@
+"""SRPO in the loops that people already run."""

@@ -1,0 +1,231 @@
+"""SRPO in TRL: `SRPOTrainer` is TRL's `GRPOTrainer` with advantages per token.
+
+    trainer = SRPOTrainer(model, reward_funcs, args=SRPOConfig(output_dir=..., credit="srpo"), train_dataset=...)
+
+It overrides the advantage stage: roles come from the completions, streams from `score_streams`, and `advantages`
+becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for sampling engines, KL and metrics keep working.
+"""
+
+import inspect
+import os
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.config import PRESETS, CreditConfig
+from srpo.credit import run_credit, token_advantages
+from srpo.errors import IncompatibleVersionError
+from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, corruption_of, grammar_of, refuse
+from srpo.methods import METHODS, linear_strength
+from srpo.metrics import MetricSums, credit_sums, loss_sums
+from srpo.roles import RoleParse, role_ids_from_completions
+from srpo.scoring import StreamLogps, score_streams
+from srpo_kernels.layout import Layout
+
+__all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
+
+# What a model is called with beside ids and mask, as TRL names it; `num_images` says how many images a row has.
+_MODEL_INPUTS = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids", "num_images",
+)  # fmt: skip
+_SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+# What the trainer reads or overrides: method of GRPOTrainer and its parameters.
+_METHODS = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_rng_state": ["self", "checkpoint"],
+}
+
+
+def check_trl(trainer: type = GRPOTrainer) -> None:
+    """Compare a trainer class with what `SRPOTrainer` builds on.
+
+    Raises: IncompatibleVersionError, which names the tested versions.
+    """
+    for name, parameters in _METHODS.items():
+        function = getattr(trainer, name, None)
+        found = None if function is None else list(inspect.signature(inspect.unwrap(function)).parameters)
+        if found != parameters:
+            _refuse_version(f"{trainer.__name__}.{name}", f"parameters {found}", f"{parameters}")
+    # `advantages.dim()`: before TRL 0.26 the loss broadcast `[B, T]` advantages to a wrong shape without a word.
+    if "dim" not in inspect.unwrap(trainer._compute_loss).__code__.co_names:
+        _refuse_version(f"{trainer.__name__}._compute_loss", "no look at advantages.dim()", "advantages per token")
+
+
+def _refuse_version(argument: str, got: str, expected: str) -> NoReturn:
+    fix = f"pip install 'trl=={TESTED[-1]}'; tested with {', '.join(TESTED)}"
+    raise IncompatibleVersionError(
+        f"SRPOTrainer(): {argument} of trl {version('trl')} got {got}, expected {expected}; {fix}."
+    )
+
+
+class SRPOTrainer(GRPOTrainer):
+    """Train with TRL's GRPO and token credit.
+
+    Args: as TRL's `GRPOTrainer`; `args` is an `SRPOConfig`.
+
+    Metrics, beside TRL's: `srpo/...` of `MetricSums` over the tokens of all ranks, `srpo/weight_min` and `_max`,
+    `srpo/parse_failures` and `srpo/unclosed` (shares of the completions), `srpo/contrast_rows` (rows that the contrast
+    streams scored).
+
+    Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
+    also inside of a generation batch. Corruption seeds come from the tokens, strength from the step: neither has state.
+
+    Raises:
+        ConfigError: `args` is not an `SRPOConfig`.
+        IncompatibleVersionError: a TRL that this was not made for.
+    """
+
+    _tag_names: ClassVar[list[str]] = [*getattr(GRPOTrainer, "_tag_names", ()), "srpo"]
+    args: SRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        check_trl()
+        given = named.get("args", arguments[2] if len(arguments) > 2 else None)
+        if not isinstance(given, SRPOConfig):
+            refuse("args", type(given).__name__, "an SRPOConfig", "pass args=SRPOConfig(...)", "SRPOTrainer")
+        super().__init__(*arguments, **named)
+        self.role_grammar, self.corruption = grammar_of(self.args.role_grammar), corruption_of(self.args.corruption)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        credit = self._credit_now()
+        if isinstance(credit, CreditConfig) and not credit.streams:
+            return output
+        for name in _SCORED:
+            if not isinstance(output.get(name), Tensor):
+                _refuse_version(f"the output of {GRPOTrainer.__name__}: {name}", repr(output.get(name)), "a tensor")
+        mask = output["completion_mask"]  # without tokens that a tool wrote: no policy sampled them
+        mask = (mask if output.get("tool_mask") is None else mask * output["tool_mask"]) != 0
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = output["completion_ids"]
+        parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=self.role_grammar)
+        roles = _scored_roles(credit, parse.role_ids, mask)
+        streams = self._score(output, roles, _streams_of(credit))
+        advantages = output["advantages"]
+        if advantages.shape != mask.shape[:1]:
+            _refuse_version("advantages", f"shape {list(advantages.shape)}", "[B]")
+        per_token = advantages[:, None].expand_as(mask).contiguous()
+        weighed = self._weigh(credit, streams, parse.role_ids, mask, per_token)
+        output["advantages"] = token_advantages(advantages, weighed[1]).to(advantages.dtype)
+        self._log_credit(weighed, streams.entropy, parse, mask & (roles != 0), mask, per_token)
+        return output
+
+    def _credit_now(self) -> Any:
+        """Return the settings, or the method, with the strength of this step."""
+        credit = self.args.credit
+        if isinstance(credit, str):
+            if credit not in PRESETS:
+                return METHODS[credit]
+            credit = PRESETS[credit]
+        steps = self.args.credit_anneal_steps
+        if steps is None:
+            return credit
+        return replace(credit, strength=linear_strength(self.state.global_step, initial=credit.strength, steps=steps))
+
+    def _score(self, output: dict[str, Any], roles: Tensor, streams: tuple[str, ...]) -> StreamLogps:
+        given = {name: output[name] for name in _MODEL_INPUTS if output.get(name) is not None}
+        if output.get("num_tiles") is not None:  # families that cut images into tiles: each has its own pixels
+            given["num_images"] = output["num_tiles"]
+        ids = output["completion_ids"]
+        with self.accelerator.autocast():
+            return score_streams(
+                self.model,
+                torch.cat([output["prompt_ids"], ids], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                ids.shape[1],
+                role_ids=roles,
+                corruption=self.corruption,
+                streams=streams,
+                temperature=self.temperature,
+                batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
+                method=self.args.perception_hiding,
+                **given,
+            )
+
+    def _weigh(
+        self, credit: Any, streams: StreamLogps, role_ids: Tensor, mask: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return contrast, weights, flags and baseline, as the credit stage does; a method has weights alone."""
+        if isinstance(credit, CreditConfig):
+            call = checks.Call("SRPOTrainer", streams.logps, "logps")
+            backend = checks.backend_of(call, "auto", streams.logps.dtype)
+            given = {"base": streams.logps, "corrupted": streams.corrupted_logps, "ablated": streams.ablated_logps}
+            layout = Layout(tuple(mask.shape))
+            return run_credit(call, layout, mask, role_ids, advantages, credit, backend, **given)
+        weights = credit(
+            logps=streams.logps, completion_mask=mask, role_ids=role_ids, advantages=advantages,
+            corrupted_logps=streams.corrupted_logps, ablated_logps=streams.ablated_logps, entropy=streams.entropy,
+            step=self.state.global_step,
+        )  # fmt: skip
+        against = streams.logps if streams.corrupted_logps is None else streams.corrupted_logps
+        no_baseline = advantages.new_full((len(mask),), torch.nan)
+        return streams.logps - against, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline
+
+    def _log_credit(
+        self,
+        weighed: tuple[Tensor, Tensor, Tensor, Tensor],
+        entropy: Tensor,
+        parse: RoleParse,
+        scored: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+    ) -> None:
+        """Add the metrics of all ranks to the trainer's log, in one collective."""
+        weights, credited = weighed[1], mask & (parse.role_ids != 0)
+        sums = [
+            loss_sums(mask, mask, advantages, weights.new_zeros(1, 3), entropy, Layout(tuple(mask.shape))),
+            credit_sums(*weighed, parse.role_ids, mask, advantages),
+            torch.stack(
+                [(~parse.parsed).sum(), parse.unclosed.sum(), scored.sum(), torch.tensor(len(mask), device=mask.device)]
+            ),
+        ]
+        lowest = torch.where(credited, weights, torch.inf).amin()
+        highest = torch.where(credited, weights, -torch.inf).amax()
+        own = torch.cat([*(x.double() for x in sums), torch.stack([lowest, -highest]).double()])
+        ranks = self.accelerator.gather(own[None])
+        total, bounds = ranks[:, :-2].sum(dim=0), ranks[:, -2:].amin(dim=0).tolist()
+        named = MetricSums(total[:-4], frozenset({"credit"})).floats()
+        failed, unclosed, rows, n = total[-4:].tolist()
+        named |= {"srpo/parse_failures": failed / n, "srpo/unclosed": unclosed / n, "srpo/contrast_rows": rows}
+        if bounds[0] <= -bounds[1]:  # else no token had a role
+            named |= {"srpo/weight_min": bounds[0], "srpo/weight_max": -bounds[1]}
+        mode = "train" if self.model.training else "eval"
+        for name, value in named.items():
+            self._metrics[mode][name].append(value)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        torch.save({"step": self._step, "rollouts": self._buffered_inputs}, self._buffer_file(folder))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.isfile(self._buffer_file(checkpoint)):
+            buffer = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = buffer["step"], buffer["rollouts"]
+
+    def _buffer_file(self, folder: str) -> str:
+        rank, world = self.args.process_index, self.args.world_size
+        return os.path.join(folder, f"srpo_rollouts_{rank}_of_{world}.pt")
+
+
+def _streams_of(credit: Any) -> tuple[str, ...]:
+    needs = (
+        credit.streams if isinstance(credit, CreditConfig) else [name.removesuffix("_logps") for name in credit.needs]
+    )
+    return ("clean", *(name for name in ("corrupted", "ablated") if name in needs))
+
+
+def _scored_roles(credit: Any, role_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the roles to score by: role 1 wherever the corrupted stream is read."""
+    if not isinstance(credit, CreditConfig):
+        return role_ids if "role_ids" in credit.needs else mask.to(role_ids.dtype)
+    return role_ids.clamp(max=1) if credit.reasoning_signal == "image_independence" else role_ids

@@ -1,0 +1,50 @@
+"""Train three steps, on as many ranks as torchrun started, and save what came out: `FILE FAMILY TRUNCATED`."""
+
+import faulthandler
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from tiny_grpo import Rollouts, column, make_trainer
+
+from srpo.integrations.trl import SRPOTrainer
+
+
+class Counting(SRPOTrainer):
+    """Remember how many tokens of this rank were valid."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.valid = self.accelerator.gather(output["completion_mask"].sum()[None])
+        return output
+
+
+def main() -> None:
+    """Run and save from the first rank."""
+    file, family, truncated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    warnings.simplefilter("ignore")
+    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for ever says where
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {"ddp_backend": "gloo"} if world > 1 else {}
+    trainer = make_trainer(
+        Counting, file.parent / f"run{world}", family, rollouts=Rollouts(truncated=truncated), max_steps=3,
+        per_device_train_batch_size=8 // world, optim="sgd", learning_rate=0.1, shuffle_dataset=False,
+        mask_truncated_completions=bool(truncated), **settings,
+    )  # fmt: skip
+    before = [x.detach().clone() for x in trainer.model.parameters()]
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        after = [x.detach().clone() for x in trainer.model.parameters()]
+        names = ("loss", "grad_norm", "srpo/baseline", "srpo/weight_max", "srpo/weight_min", "srpo/contrast_rows")
+        log = {name: column(trainer, name) for name in names}
+        torch.save({"before": before, "after": after, "log": log, "valid": trainer.valid.tolist()}, file)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

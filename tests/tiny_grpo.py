@@ -1,0 +1,109 @@
+"""TRL trainers of tiny vision-language models, offline: structured completions of random text, drawn from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import tiny_vlms
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from srpo.integrations.trl import SRPOConfig, SRPOTrainer
+
+LETTERS = "0123456789abcdefghijklmnop "
+
+
+def make_dataset(n: int = 16, images: tuple[int, ...] = (1,)) -> Dataset:
+    """Prompts with so many pictures each, in turn."""
+    rows = range(n)
+    pictures = [[tiny_vlms.picture(9, seed=3 * i + j) for j in range(images[i % len(images)])] for i in rows]
+    prompts = [[{"role": "user", "content": f"how many squares? {i}"}] for i in rows]
+    return Dataset.from_dict({"prompt": prompts, "images": pictures})
+
+
+def reward(completions: list, **_: Any) -> list[float]:
+    """Count the even letters."""
+    texts = [x[0]["content"] if isinstance(x, list) else x for x in completions]
+    return [sum(c in "02468ace" for c in text) / 10 for text in texts]
+
+
+class Rollouts:
+    """Draw completions from prompt, place in the group, and step: the same on every rank, and after a resume."""
+
+    def __init__(self, tools: bool = False, truncated: int = 0) -> None:
+        self.tools, self.truncated = tools, truncated
+
+    def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        places: dict[str, int] = {}
+        ids, masks = [], []
+        for prompt in prompts:
+            content = prompt[-1]["content"]
+            question = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+            place = places[question] = places.get(question, -1) + 1
+            row, mask = self.completion(f"{question} {place} {trainer.state.global_step}", trainer, question)
+            ids.append(row)
+            masks.append(mask)
+        output = {"prompt_ids": [list(x) for x in trainer._tokenize_prompts(prompts)[0]], "completion_ids": ids}
+        return output | {"logprobs": None} | ({"env_mask": masks} if self.tools else {})
+
+    def completion(self, key: str, trainer: GRPOTrainer, question: str) -> tuple[list[int], list[int]]:
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        tokenizer = trainer.processing_class.tokenizer
+
+        def text() -> str:
+            n = int(torch.randint(2, 7, (), generator=generator))
+            return "".join(LETTERS[i] for i in torch.randint(len(LETTERS), (n,), generator=generator))
+
+        parts = (
+            [("<see>" + text() + "</see>", 1), ("tool: 17", 0)] if self.tools else [("<see>" + text() + "</see>", 1)]
+        )
+        parts += [("<think>" + text() + "</think>", 1)]
+        rows = [(tokenizer(part, add_special_tokens=False)["input_ids"], own) for part, own in parts]
+        cut = self.truncated and int(question.rpartition(" ")[2]) % self.truncated == 0
+        rows += [] if cut else [([tokenizer.eos_token_id], 1)]
+        return [i for row, _ in rows for i in row], [own for row, own in rows for _ in row]
+
+
+class StopAfter(TrainerCallback):
+    """Stop a run as if it were killed after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+def make_trainer(
+    cls: type, folder: Path, family: str = "idefics3", *, rollouts: Rollouts | None = None,
+    images: tuple[int, ...] = (1,), stop: int | None = None, **settings: Any,
+) -> GRPOTrainer:  # fmt: skip
+    """Build a trainer of 4 prompts and 4 rollouts a step."""
+    model, processor = tiny_vlms.build(family)
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 48,
+        "max_steps": 3, "learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True,
+        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "seed": 7, "disable_tqdm": True,
+        "log_level": "error", "beta": 0.0,
+    } | settings  # fmt: skip
+    config = SRPOConfig if issubclass(cls, SRPOTrainer) else GRPOConfig
+    trainer = cls(
+        model=model.train(), reward_funcs=reward, args=config(**settings), train_dataset=make_dataset(images=images),
+        processing_class=processor, rollout_func=rollouts or Rollouts(), callbacks=[StopAfter(stop)] if stop else None,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def column(trainer: GRPOTrainer, name: str) -> list[float]:
+    """The logged values of a metric."""
+    return [row[name] for row in trainer.state.log_history if name in row]
