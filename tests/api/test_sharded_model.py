@@ -1,0 +1,65 @@
+"""Streams of a model that FSDP2 shards: the same numbers, and no rank waits for one that has nothing to score."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny_vlms
+import torch
+import torch.distributed as dist
+from processes import run_in_group
+from torch.distributed.device_mesh import init_device_mesh
+
+from srpo import Blank, score_streams
+
+T = 6
+ROLES = ([1, 1, 0, 2, 2, 2], [0, 0, 0, 0, 0, 0])  # the second rank has nothing for the contrast streams
+NAMES = ("logps", "corrupted_logps", "ablated_logps")
+
+
+def scored(model: Any, processor: Any, family: str, rank: int) -> list[torch.Tensor]:
+    pictures = [[tiny_vlms.picture(9)], [tiny_vlms.picture(7, seed=1)]]
+    prompt = dict(processor(text=[tiny_vlms.PROMPTS[family]] * 2, images=pictures, return_tensors="pt", padding=True))
+    ids, mask = prompt.pop("input_ids"), prompt.pop("attention_mask")
+    completion = torch.randint(20, 40, (2, T), generator=torch.Generator().manual_seed(rank))
+    if "mm_token_type_ids" in prompt:
+        prompt["mm_token_type_ids"] = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, T))
+    streams = score_streams(
+        model, torch.cat([ids, completion], dim=1), torch.cat([mask, torch.ones_like(completion)], dim=1), T,
+        role_ids=torch.tensor([ROLES[rank]] * 2), corruption=Blank(), batch_size=1, **prompt,
+    )  # fmt: skip
+    return [getattr(streams, name) for name in NAMES]
+
+
+def sharded_and_whole() -> Iterator[tuple[str, Any]]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    for family in ("idefics3", "qwen25vl"):
+        model, processor = tiny_vlms.build(family)
+        yield f"{family}-whole", scored(model, processor, family, rank)
+        for reshard in (True, False):
+            model, _ = tiny_vlms.build(family)
+            text = model.model.text_model if family == "idefics3" else model.model.language_model
+            for layer in text.layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+            yield f"{family}-{reshard}", scored(model, processor, family, rank)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Any:
+    folder: pathlib.Path = tmp_path_factory.mktemp("sharded")
+    return run_in_group(sharded_and_whole, 2, folder, seconds=100.0)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("family", ["idefics3", "qwen25vl"])
+def test_sharded_is_whole(results, family, reshard):
+    for whole, sharded in zip(results[f"{family}-whole"], results[f"{family}-{reshard}"], strict=True):
+        for name, a, b in zip(NAMES, whole, sharded, strict=True):
+            torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    first = results[f"{family}-{reshard}"][0]
+    assert (first[1] - first[0]).abs().max() > 1e-3  # the contrasts are not nothing
+    assert (first[2] - first[0]).abs().max() > 1e-3
