@@ -1,6 +1,7 @@
 """The command line: `python -m srpo demo` and `python -m srpo env`."""
 
 import argparse
+import importlib
 import io
 import os
 import platform
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from srpo import checks
+from srpo.errors import IncompatibleVersionError
 
 MODELS = ("idefics3", "qwen2_5_vl", "qwen3_vl", "llava")
 DEMO_PACKAGES = {  # module: distribution
@@ -19,6 +21,7 @@ DEMO_PACKAGES = {  # module: distribution
     "rich": "rich",
     "PIL": "pillow",
 }
+DEMO_STEPS = {"loop": 5, "trl": 100}
 REPORTED_PACKAGES = ("srpo", "torch", "triton", "numpy", "transformers", "trl", "liger-kernel")
 
 
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "env":
         print(environment())
         return 0
-    return _run_demo(options.model, options.steps, options.seed)
+    return _run_demo(options)
 
 
 def environment() -> str:
@@ -45,22 +48,24 @@ def environment() -> str:
     return "\n".join(f"{key:<{width}}{value}" for key, value in lines.items())
 
 
-def _run_demo(model: str, steps: int, seed: int) -> int:
+def _run_demo(options: argparse.Namespace) -> int:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[variable] = "1"  # the model is built here: nothing to ask the hub for
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    extras = "demo" if options.trainer == "loop" else "demo,trl"
     try:
-        from srpo import demo
-    except ModuleNotFoundError as error:
-        package = DEMO_PACKAGES.get((error.name or "").partition(".")[0])
+        demo = importlib.import_module("srpo.demo" if options.trainer == "loop" else "srpo.demo_trl")
+    except (ModuleNotFoundError, IncompatibleVersionError) as error:
+        missing = (error.name or "trl").partition(".")[0]
+        package = "trl" if missing in ("trl", "datasets") else DEMO_PACKAGES.get(missing)
         if package is None:
             raise
-        print(f"python -m srpo demo needs {package}: pip install 'srpo[demo]'", file=sys.stderr)
+        print(f"python -m srpo demo needs {package}: pip install 'srpo[{extras}]'", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the tables use block characters
-    demo.run(model, steps, seed)
+    demo.run(options.model, options.steps or DEMO_STEPS[options.trainer], options.seed)
     return 0
 
 
@@ -73,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", choices=MODELS, default="idefics3", help="architecture, built from a config")
-    demo.add_argument("--steps", type=_positive, default=5, help="SRPO updates after the warm start")
+    demo.add_argument("--trainer", choices=tuple(DEMO_STEPS), default="loop", help="a plain loop, or TRL's trainer")
+    demo.add_argument("--steps", type=_positive, help="SRPO updates after the warm start; 5 in the loop, 100 with trl")
     demo.add_argument("--seed", type=_not_negative, default=0, help="seed of weights, pictures, sampling and masks")
     commands.add_parser("env", help="print versions, the device and the backend that would be chosen")
     return parser

@@ -76,12 +76,11 @@ def run(family: str, steps: int, seed: int) -> None:
     vlm = build_tiny_vlm(family)
     vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    _print_header(console, vlm)
-    _warm_start(console, vlm, generator)
+    print_header(console, vlm, PROMPTS, ROLLOUTS, "a loop of its own")
+    announced_warm_start(console, vlm, generator)
     history = _update(console, vlm, generator, steps)
     print_report(console, vlm, history)
-    seconds, peak = time.perf_counter() - start, _peak_memory_mib()
-    console.print(f"[bold]{seconds:.1f} s[/] after imports, peak memory [bold]{peak:,.0f} MiB[/]")
+    console.print(seconds_and_memory(start))
 
 
 def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Step:
@@ -134,9 +133,10 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
     return Step(examples, completions, roles, rewards, advantages, contrast, output, norm.item(), seconds)
 
 
-def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
+def announced_warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
+    """Teach the response format, with a progress bar."""
     losses: list[float] = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("warm start", total=WARM_START_STEPS)
         for loss in warm_start(vlm, generator, WARM_START_STEPS):
             losses.append(loss)
@@ -147,13 +147,14 @@ def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> N
 def _update(console: Console, vlm: TinyVLM, generator: torch.Generator, steps: int) -> list[Step]:
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=LEARNING_RATE)
     history: list[Step] = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         for _ in progress.track(range(steps), description="SRPO updates"):
             history.append(srpo_step(vlm, optimizer, generator))
     return history
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Return a bar with a description, a count and the time."""
     description = TextColumn("{task.description:<32}")
     return Progress(description, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
@@ -161,12 +162,14 @@ def _progress(console: Console) -> Progress:
 # ---- what is printed ----
 
 
-def _print_header(console: Console, vlm: TinyVLM) -> None:
+def print_header(console: Console, vlm: TinyVLM, prompts: int, rollouts: int, trainer: str) -> None:
+    """Say what is trained, on what, by what."""
     parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
     rows = {
         "model": f"{vlm.model.config.model_type}, {parameters:,} parameters, built from a config, no download",
         "task": "two scikit-learn digits in a picture: what is the sum ?",
-        "rollouts": f"{PROMPTS} pictures x {ROLLOUTS} samples a step, reward 1 for the right answer",
+        "rollouts": f"{prompts} pictures x {rollouts} samples a step, reward 1 for the right answer",
+        "trainer": trainer,
         "device": f"{vlm.model.device.type}, torch {torch.__version__}",
     }
     console.rule("[bold]srpo demo[/]: role-aware token credit", align="left")
@@ -199,7 +202,7 @@ def _steps_table(history: list[Step]) -> Table:
             f"{step.output.loss:+.4f}",
             f"{step.gradient_norm:.3f}",
             f"{credited.min():.2f}-{credited.max():.2f}" if credited.numel() else "none",
-            *(_signed(step.contrast[role_ids == role].mean()) for role in (Role.PERCEPTION, Role.REASONING)),
+            *(signed(step.contrast[role_ids == role].mean()) for role in (Role.PERCEPTION, Role.REASONING)),
             f"{step.seconds:.1f} s",
         )
     return table
@@ -248,7 +251,7 @@ def _token_table(vlm: TinyVLM, step: Step, row: int) -> Table:
         table.add_row(
             Text(vlm.tokenizer.decode([int(step.completions.ids[row, column])]).strip()),
             role.name.lower() if credited else "",
-            _signed(step.contrast[row, column]) if credited else "",
+            signed(step.contrast[row, column]) if credited else "",
             f"{weight:.2f}",
             f"{token_advantages[row, column]:+.3f}",
             "━" * round(10 * weight) if credited else "",
@@ -257,11 +260,13 @@ def _token_table(vlm: TinyVLM, step: Step, row: int) -> Table:
     return table
 
 
-def _signed(value: Tensor) -> str:
+def signed(value: Tensor | float) -> str:
+    """Format a contrast."""
     return f"{round(float(value), 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"
 
 
-def _peak_memory_mib() -> float:
-    """Return the largest resident memory of this process so far, libraries included."""
+def seconds_and_memory(start: float) -> str:
+    """Say how long the run took, and the largest resident memory of this process so far, libraries included."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts KiB on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return f"[bold]{time.perf_counter() - start:.1f} s[/] after imports, peak memory [bold]{peak:,.0f} MiB[/]"

@@ -7,6 +7,7 @@ becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for samplin
 """
 
 import inspect
+import math
 import os
 from dataclasses import replace
 from importlib.metadata import version
@@ -199,7 +200,8 @@ class SRPOTrainer(GRPOTrainer):
             named |= {"srpo/weight_min": bounds[0], "srpo/weight_max": -bounds[1]}
         mode = "train" if self.model.training else "eval"
         for name, value in named.items():
-            self._metrics[mode][name].append(value)
+            if not math.isnan(value):  # a mean over nothing
+                self._metrics[mode][name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
