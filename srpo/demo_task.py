@@ -57,8 +57,13 @@ class Example(NamedTuple):
         return RESPONSE.format(left=self.left, right=self.right, total=self.left + self.right)
 
     def is_answered_by(self, text: str) -> bool:
-        answers = re.findall(r"<answer>(.*?)</answer>", text)
-        return bool(answers) and answers[-1].strip() == str(self.left + self.right)
+        return answers(text, self.left + self.right)
+
+
+def answers(text: str, total: int) -> bool:
+    """Say whether the last answer of a response is right."""
+    found = re.findall(r"<answer>(.*?)</answer>", text)
+    return bool(found) and found[-1].strip() == str(total)
 
 
 class Completions(NamedTuple):

@@ -19,8 +19,8 @@ from srpo.demo_task import (
     MAX_COMPLETION_LENGTH,
     PROMPT,
     SPECIAL,
-    Example,
     TinyVLM,
+    answers,
     build_tiny_vlm,
     draw_examples,
 )
@@ -49,7 +49,7 @@ class DemoProcessor(transformers.ProcessorMixin):
         self.chat_template, self.image_token = TEMPLATE, "<image>"
         self.image_token_id = vlm.tokenizer.convert_tokens_to_ids("<image>")
 
-    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> transformers.BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, *_: Any, **options: Any) -> transformers.BatchFeature:
         """Tokenize prompts, whose `<image>` stands for a whole picture, and process the pictures."""
         texts = [text] if isinstance(text, str) else list(text)
         spread = [x.replace("<image>", "<image>" * IMAGE_TOKENS) for x in texts]
@@ -133,8 +133,7 @@ def make_trainer(vlm: TinyVLM, steps: int, seed: int, generator: torch.Generator
 def is_right(completions: list[Any], left: list[int], right: list[int], **_: Any) -> list[float]:
     """Reward the right sum with 1."""
     texts = [x[0]["content"] if isinstance(x, list) else x for x in completions]
-    examples = [Example(None, a, b) for a, b in zip(left, right, strict=True)]
-    return [float(example.is_answered_by(text)) for example, text in zip(examples, texts, strict=True)]
+    return [float(answers(text, a + b)) for text, a, b in zip(texts, left, right, strict=True)]
 
 
 def table_of(log: list[dict[str, float]]) -> Table:
