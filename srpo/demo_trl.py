@@ -108,7 +108,9 @@ def run(family: str, steps: int, seed: int) -> None:
     console.print(seconds_and_memory(start))
 
 
-def make_trainer(vlm: TinyVLM, steps: int, seed: int, generator: torch.Generator, folder: str) -> SRPOTrainer:
+def make_trainer(
+    vlm: TinyVLM, steps: int, seed: int, generator: torch.Generator, folder: str, credit: str = "srpo"
+) -> SRPOTrainer:
     """Build the trainer, with held-out pictures as its data set."""
     examples = draw_examples(PROMPTS * steps, generator, held_out=True)
     question = [{"role": "user", "content": QUESTION}]
@@ -116,7 +118,7 @@ def make_trainer(vlm: TinyVLM, steps: int, seed: int, generator: torch.Generator
     columns |= {"left": [x.left for x in examples], "right": [x.right for x in examples]}
     banned = [index for index in range(len(SPECIAL)) if index != vlm.tokenizer.eos_token_id]
     config = SRPOConfig(
-        output_dir=folder, max_steps=steps, seed=seed, credit="srpo", learning_rate=LEARNING_RATE,
+        output_dir=folder, max_steps=steps, seed=seed, credit=credit, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", per_device_train_batch_size=PROMPTS * ROLLOUTS, num_generations=ROLLOUTS,
         max_completion_length=MAX_COMPLETION_LENGTH, generation_kwargs={"suppress_tokens": banned}, bf16=False,
         use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, logging_steps=1, save_strategy="no",
