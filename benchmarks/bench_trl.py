@@ -20,11 +20,11 @@ from measure import peak_memory
 from tabulate import tabulate
 from transformers import TrainerCallback
 
-from srpo import demo_trl
 from srpo.demo_task import FAMILIES, build_tiny_vlm, warm_start
 from srpo.integrations import trl as integration
+from srpo.integrations import trl_demo
 
-STAGES = {"score_streams": "streams", "role_ids_from_completions": "roles"}
+STAGES = {"score_streams": "streams", "role_ids_from_completions": "roles", "weigh": "weights"}
 
 
 class Steps(TrainerCallback):
@@ -68,14 +68,13 @@ def main() -> None:
     for name, stage in STAGES.items():
         setattr(integration, name, timed(getattr(integration, name), times[stage]))
     trainer = integration.SRPOTrainer
-    for name, stage in {"_weigh": "weights", "_log_credit": "metrics"}.items():
-        setattr(trainer, name, timed(getattr(trainer, name), times[stage]))
+    trainer._log_credit = timed(trainer._log_credit, times["metrics"])
     seconds, peaks = defaultdict(list), {}
     for credit in ("grpo", "srpo") * 3:
         own = vlm._replace(model=copy.deepcopy(vlm.model))
         clock = Steps()
         with tempfile.TemporaryDirectory() as folder:
-            run = demo_trl.make_trainer(own, options.steps, 0, torch.Generator().manual_seed(0), folder, credit)
+            run = trl_demo.make_trainer(own, options.steps, 0, torch.Generator().manual_seed(0), folder, credit)
             run.add_callback(clock)
             peaks[credit] = peak_memory(run.train, torch.device("cpu"))
         seconds[credit] += clock.seconds[1:]
@@ -88,7 +87,7 @@ def main() -> None:
     rows += [[f"  {name}", x, x / plain, None] for name, x in parts.items()]
     credit = sum(x for name, x in parts.items() if name != "streams")
     rows += [["  credit stage: all but the streams", credit, credit / plain, None]]
-    print(f"{options.model}, {demo_trl.PROMPTS} x {demo_trl.ROLLOUTS} rollouts a step, medians")
+    print(f"{options.model}, {trl_demo.PROMPTS} x {trl_demo.ROLLOUTS} rollouts a step, medians")
     print(
         tabulate(
             rows,

@@ -108,11 +108,15 @@ def _panel(axis: Any, points: list[dict[str, Any]], along: str, what: str) -> No
             axis.plot(*zip(*own, strict=True), marker="o", markersize=3.5, color=colour, label=name)
     base, label = ("floor", "bare matrix products") if what == "ms" else ("logits", "one copy of the logits (fp32)")
     below = sorted({(p["x"], p[base] / scale) for p in points})
-    axis.plot(*zip(*below, strict=True), color="black", linestyle="--", linewidth=1, label="floor")
-    axis.annotate(label, below[len(below) // 2], xytext=(4, -11), textcoords="offset points", fontsize=8)
+    axis.plot(*zip(*below, strict=True), color="black", linestyle="--", linewidth=1)
+    axis.annotate(label, below[-1], xytext=(0, -16), textcoords="offset points", fontsize=8, ha="right", va="top")
     axis.set(xscale="log", yscale="log", xlabel=UNITS[along], ylabel="seconds" if what == "ms" else "peak memory, GiB")
     ticks = sorted({p["x"] for p in points})
     axis.set_xticks(ticks, [f"{x:g}" if x < 1000 else f"{x / 1024:g}k" for x in ticks], fontsize=8)
+    low, high = axis.get_ylim()
+    heights = [y for decade in range(-4, 6) for y in (10.0**decade, 2 * 10.0**decade, 5 * 10.0**decade)]
+    shown = [y for y in heights if low <= y <= high]
+    axis.set_yticks(shown, [f"{y:g}" for y in shown], fontsize=8)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
 

@@ -9,7 +9,6 @@ becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for samplin
 import inspect
 import math
 import os
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar, NoReturn
 
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor
 
 from srpo import checks
-from srpo.config import PRESETS, CreditConfig
-from srpo.credit import run_credit, token_advantages
+from srpo.config import CreditConfig
+from srpo.credit import Credit, token_advantages
 from srpo.errors import IncompatibleVersionError
-from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, corruption_of, grammar_of, refuse
-from srpo.methods import METHODS, linear_strength
-from srpo.metrics import MetricSums, credit_sums, loss_sums
+from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
+from srpo.integrations.weighing import metric_sums, weigh
+from srpo.metrics import MetricSums
 from srpo.roles import RoleParse, role_ids_from_completions
 from srpo.scoring import StreamLogps, score_streams
-from srpo_kernels.layout import Layout
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
 
@@ -93,12 +91,13 @@ class SRPOTrainer(GRPOTrainer):
         if not isinstance(given, SRPOConfig):
             refuse("args", type(given).__name__, "an SRPOConfig", "pass args=SRPOConfig(...)", "SRPOTrainer")
         super().__init__(*arguments, **named)
-        self.role_grammar, self.corruption = grammar_of(self.args.role_grammar), corruption_of(self.args.corruption)
+        self.credit = self.args.credit_settings()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        credit = self._credit_now()
-        if isinstance(credit, CreditConfig) and not credit.streams:
+        step = self.state.global_step
+        credit, wanted = self.credit.credit_at(step), self.credit.streams_at(step)
+        if not wanted:
             return output
         for name in _SCORED:
             if not isinstance(output.get(name), Tensor):
@@ -107,29 +106,18 @@ class SRPOTrainer(GRPOTrainer):
         mask = (mask if output.get("tool_mask") is None else mask * output["tool_mask"]) != 0
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         ids = output["completion_ids"]
-        parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=self.role_grammar)
+        parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=self.credit.role_grammar)
         roles = _scored_roles(credit, parse.role_ids, mask)
-        streams = self._score(output, roles, _streams_of(credit))
+        streams = self._score(output, roles, ("clean", *wanted))
         advantages = output["advantages"]
         if advantages.shape != mask.shape[:1]:
             _refuse_version("advantages", f"shape {list(advantages.shape)}", "[B]")
         per_token = advantages[:, None].expand_as(mask).contiguous()
-        weighed = self._weigh(credit, streams, parse.role_ids, mask, per_token)
-        output["advantages"] = token_advantages(advantages, weighed[1]).to(advantages.dtype)
+        call = checks.Call("SRPOTrainer", streams.logps, "logps")
+        weighed = weigh(call, credit, parse.role_ids, mask, per_token, **streams._asdict())
+        output["advantages"] = token_advantages(advantages, weighed.weights).to(advantages.dtype)
         self._log_credit(weighed, streams.entropy, parse, mask & (roles != 0), mask, per_token)
         return output
-
-    def _credit_now(self) -> Any:
-        """Return the settings, or the method, with the strength of this step."""
-        credit = self.args.credit
-        if isinstance(credit, str):
-            if credit not in PRESETS:
-                return METHODS[credit]
-            credit = PRESETS[credit]
-        steps = self.args.credit_anneal_steps
-        if steps is None:
-            return credit
-        return replace(credit, strength=linear_strength(self.state.global_step, initial=credit.strength, steps=steps))
 
     def _score(self, output: dict[str, Any], roles: Tensor, streams: tuple[str, ...]) -> StreamLogps:
         given = {name: output[name] for name in _MODEL_INPUTS if output.get(name) is not None}
@@ -143,7 +131,7 @@ class SRPOTrainer(GRPOTrainer):
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 ids.shape[1],
                 role_ids=roles,
-                corruption=self.corruption,
+                corruption=self.credit.corruption,
                 streams=streams,
                 temperature=self.temperature,
                 batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
@@ -151,28 +139,9 @@ class SRPOTrainer(GRPOTrainer):
                 **given,
             )
 
-    def _weigh(
-        self, credit: Any, streams: StreamLogps, role_ids: Tensor, mask: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return contrast, weights, flags and baseline, as the credit stage does; a method has weights alone."""
-        if isinstance(credit, CreditConfig):
-            call = checks.Call("SRPOTrainer", streams.logps, "logps")
-            backend = checks.backend_of(call, "auto", streams.logps.dtype)
-            given = {"base": streams.logps, "corrupted": streams.corrupted_logps, "ablated": streams.ablated_logps}
-            layout = Layout(tuple(mask.shape))
-            return run_credit(call, layout, mask, role_ids, advantages, credit, backend, **given)
-        weights = credit(
-            logps=streams.logps, completion_mask=mask, role_ids=role_ids, advantages=advantages,
-            corrupted_logps=streams.corrupted_logps, ablated_logps=streams.ablated_logps, entropy=streams.entropy,
-            step=self.state.global_step,
-        )  # fmt: skip
-        against = streams.logps if streams.corrupted_logps is None else streams.corrupted_logps
-        no_baseline = advantages.new_full((len(mask),), torch.nan)
-        return streams.logps - against, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline
-
     def _log_credit(
         self,
-        weighed: tuple[Tensor, Tensor, Tensor, Tensor],
+        weighed: Credit,
         entropy: Tensor,
         parse: RoleParse,
         scored: Tensor,
@@ -180,14 +149,10 @@ class SRPOTrainer(GRPOTrainer):
         advantages: Tensor,
     ) -> None:
         """Add the metrics of all ranks to the trainer's log, in one collective."""
-        weights, credited = weighed[1], mask & (parse.role_ids != 0)
-        sums = [
-            loss_sums(mask, mask, advantages, weights.new_zeros(1, 3), entropy, Layout(tuple(mask.shape))),
-            credit_sums(*weighed, parse.role_ids, mask, advantages),
-            torch.stack(
-                [(~parse.parsed).sum(), parse.unclosed.sum(), scored.sum(), torch.tensor(len(mask), device=mask.device)]
-            ),
-        ]
+        weights, credited = weighed.weights, mask & (parse.role_ids != 0)
+        n = torch.tensor(len(mask), device=mask.device)
+        counts = torch.stack([(~parse.parsed).sum(), parse.unclosed.sum(), scored.sum(), n])
+        sums = [metric_sums(weighed, parse.role_ids, mask, advantages, entropy), counts]
         lowest = torch.where(credited, weights, torch.inf).amin()
         highest = torch.where(credited, weights, -torch.inf).amax()
         own = torch.cat([*(x.double() for x in sums), torch.stack([lowest, -highest]).double()])
@@ -217,13 +182,6 @@ class SRPOTrainer(GRPOTrainer):
     def _buffer_file(self, folder: str) -> str:
         rank, world = self.args.process_index, self.args.world_size
         return os.path.join(folder, f"srpo_rollouts_{rank}_of_{world}.pt")
-
-
-def _streams_of(credit: Any) -> tuple[str, ...]:
-    needs = (
-        credit.streams if isinstance(credit, CreditConfig) else [name.removesuffix("_logps") for name in credit.needs]
-    )
-    return ("clean", *(name for name in ("corrupted", "ablated") if name in needs))
 
 
 def _scored_roles(credit: Any, role_ids: Tensor, mask: Tensor) -> Tensor:

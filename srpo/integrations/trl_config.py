@@ -1,15 +1,12 @@
 """The settings of `SRPOTrainer`: TRL's own, and those of the credit stage."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, NoReturn
 
-from srpo import corruption as corruptions
-from srpo.config import PRESETS, CreditConfig
+from srpo.config import PRESETS
 from srpo.errors import ConfigError, IncompatibleVersionError
-from srpo.methods import METHODS
-from srpo.roles import RoleGrammar
+from srpo.integrations.settings import CreditSettings
 
 TESTED = ("1.14.2", "1.16.0")
 
@@ -21,8 +18,6 @@ except (ImportError, RuntimeError) as error:  # TRL turns failed imports of its 
     raise IncompatibleVersionError(
         f"srpo.integrations.trl: trl got {error}, expected {expected}; pip install 'srpo[trl]'."
     ) from error
-
-_AT_HAND = {"role_ids", "corrupted_logps", "ablated_logps", "advantages", "entropy", "step"}  # signals of a method
 
 
 @dataclass
@@ -58,65 +53,28 @@ class SRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grammar_of(self.role_grammar)
-        corruption_of(self.corruption)
-        _check_credit(self.credit)
-        steps = self.credit_anneal_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            refuse("credit_anneal_steps", repr(steps), "None or a positive int", "pass max_steps")
+        credit = self.credit_settings().credit
         if self.perception_hiding not in (None, "mask", "delete"):
             refuse("perception_hiding", repr(self.perception_hiding), "None, 'mask' or 'delete'", "leave it out")
         # A weighted mean of the log-ratios is constant over a sequence: weights of mean 1 cancel in it.
         cancels = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
-        if cancels and self.credit != "grpo":
+        if cancels and credit != PRESETS["grpo"]:
             expected = "'token', because token weights with mean 1 cancel under a sequence ratio"
             refuse("importance_sampling_level", "'sequence'", expected, "use 'token', or loss_type='cispo'")
         if self.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             refuse("use_liger_kernel", "True", "False: Liger's loss takes no advantages per token", "set it to False")
 
+    def credit_settings(self) -> CreditSettings:
+        """Return the settings of the credit stage."""
+        names = ("credit", "credit_anneal_steps", "role_grammar", "corruption")
+        try:
+            return CreditSettings.of({name: _parsed(getattr(self, name)) for name in names})
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("CreditSettings.of()", "SRPOConfig()")) from error
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, dataclasses as dicts, for JSON."""
         return {name: asdict(x) if _is_instance(x) else x for name, x in super().to_dict().items()}
-
-
-def _check_credit(credit: Any) -> None:
-    if isinstance(credit, CreditConfig) or (isinstance(credit, str) and credit in PRESETS):
-        return
-    method = METHODS.get(credit) if isinstance(credit, str) else None
-    usable = [name for name, m in METHODS.items() if not m.adds_a_term and set(m.needs) <= _AT_HAND]
-    if method is None or method.name not in usable:
-        expected = "a CreditConfig or one of " + ", ".join(usable)
-        refuse("credit", repr(credit), expected, "give other methods their signals in a loop of your own")
-
-
-def grammar_of(x: Any) -> RoleGrammar:
-    """Return the grammar of a `SRPOConfig`."""
-    x = _parsed(x)
-    if x is None or isinstance(x, RoleGrammar):
-        return x or RoleGrammar()
-    if not isinstance(x, Mapping):
-        refuse("role_grammar", repr(x), "a RoleGrammar or a dict of its fields", "leave it out")
-    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in x.items()}
-    try:
-        return RoleGrammar(**known)
-    except TypeError as error:
-        refuse("role_grammar", str(error), "fields of RoleGrammar", "leave unknown ones out")
-
-
-def corruption_of(x: Any) -> Any:
-    """Return the corruption of a `SRPOConfig`."""
-    x = _parsed(x)
-    if x is None or callable(getattr(x, "on_inputs", None)):
-        return corruptions.PatchMask() if x is None else x
-    settings = dict(x) if isinstance(x, Mapping) else {"name": x}
-    name = settings.pop("name", None)
-    names = [known for known in corruptions.__all__ if known != "PixelLayout"]
-    if name not in names:
-        refuse("corruption", repr(x), "a corruption, or the name of one: " + ", ".join(names), "use 'PatchMask'")
-    try:
-        return getattr(corruptions, name)(**settings)
-    except TypeError as error:
-        refuse("corruption", str(error), f"settings of {name}", "leave unknown ones out")
 
 
 def _parsed(x: Any) -> Any:

@@ -350,7 +350,7 @@ def test_a_missing_package_is_named_with_the_install_line(
 
 def test_the_demo_in_trl_names_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "srpo.demo_trl", raising=False)
+    monkeypatch.delitem(sys.modules, "srpo.integrations.trl_demo", raising=False)
     assert main(["demo", "--trainer", "trl"]) == 2
     assert "needs trl: pip install 'srpo[demo,trl]'" in capsys.readouterr().err
 

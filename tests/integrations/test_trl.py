@@ -241,8 +241,10 @@ class TestConfig:
         arguments += ["--role_grammar", '{"perception_tags": ["look"], "strict": true}', "--corruption", "Blank"]
         (config,) = TrlParser(SRPOConfig).parse_args_and_config(arguments)
         assert config.credit == "srpo_kl"
-        assert integration.grammar_of(config.role_grammar) == RoleGrammar(perception_tags=("look",), strict=True)
-        assert integration.corruption_of(config.corruption) == Blank()
+        settings = config.credit_settings()
+        assert settings.credit == PRESETS["srpo_kl"]
+        assert settings.role_grammar == RoleGrammar(perception_tags=("look",), strict=True)
+        assert settings.corruption == Blank()
 
     def test_json(self, tmp_path):
         config = SRPOConfig(

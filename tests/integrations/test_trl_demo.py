@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from srpo import demo_trl
 from srpo.demo_task import FAMILIES, TinyVLM, build_tiny_vlm, draw_examples, model_inputs
+from srpo.integrations import trl_demo
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -26,8 +26,8 @@ def vlm(request: Any) -> TinyVLM:
 
 def test_the_processor_makes_the_inputs_of_the_loop(vlm):
     examples = draw_examples(3, torch.Generator().manual_seed(0), held_out=True)
-    processor = demo_trl.DemoProcessor(vlm)
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": demo_trl.QUESTION}]}]
+    processor = trl_demo.DemoProcessor(vlm)
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": trl_demo.QUESTION}]}]
     text = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     got = processor(images=[[x.image] for x in examples], text=[text] * 3, return_tensors="pt")
     want = model_inputs(vlm, examples)
@@ -37,13 +37,13 @@ def test_the_processor_makes_the_inputs_of_the_loop(vlm):
 
 
 def test_two_steps_of_every_family(vlm, tmp_path):
-    trainer = demo_trl.make_trainer(vlm, 2, 0, torch.Generator().manual_seed(0), str(tmp_path))
+    trainer = trl_demo.make_trainer(vlm, 2, 0, torch.Generator().manual_seed(0), str(tmp_path))
     trainer.train()
     log = [row for row in trainer.state.log_history if "reward" in row]
     assert len(log) == 2
     assert all("srpo/parse_failures" in row for row in log)
     console = Console(file=io.StringIO(), width=100)
-    console.print(demo_trl.table_of(log))
+    console.print(trl_demo.table_of(log))
     assert "1-1" in console.file.getvalue()
 
 
