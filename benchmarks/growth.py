@@ -29,10 +29,9 @@ def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], prog
         inputs = make_inputs(shape, dtype, device).with_active(share)
         work = 6 * shape.B * shape.T * shape.V * shape.H
         for name in NAMES:
-            previous_work, previous = latest.get(name, (work, 0.0))
-            predicted = previous * work / previous_work
-            needed = 3 * shape.B * shape.T * shape.V * 4 / 2**30 if name == "eager" else 0.0
-            if predicted > MOST_SECONDS or PROVIDERS[name].missing(device) or needed > gib_free(device):
+            why = _skipped(name, work, latest.get(name), shape, device)
+            if why:
+                progress.console.print(f"{name} at {x:g} {axis}: skipped, {why}")
                 continue
             call = _Timed(lambda p=PROVIDERS[name]: inputs.loss_and_gradients(p), device)  # noqa: B023
             if name not in latest:
@@ -42,6 +41,19 @@ def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], prog
             point = {"axis": axis, "x": x, "provider": name, "ms": call.milliseconds, "peak": peak}
             points.append(point | {"floor": share * work / rate / 1e9, "logits": work / 6 / shape.H * 4 / 2**20})
     return points
+
+
+def _skipped(
+    name: str, work: float, latest: tuple[float, float] | None, shape: Shape, device: torch.device
+) -> str | None:
+    """Return why a point is left out, or None; `latest` is the work and the seconds of the point before."""
+    seconds = 0.0 if latest is None else latest[1] * work / latest[0]
+    if seconds > MOST_SECONDS:
+        return f"would take about {seconds:.0f} s"
+    needed = 3 * shape.B * shape.T * shape.V * 4 / 2**30 if name == "eager" else 0.0
+    if needed > gib_free(device):
+        return f"needs about {needed:.0f} GiB"
+    return PROVIDERS[name].missing(device)
 
 
 class _Timed:
