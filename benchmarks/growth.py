@@ -14,7 +14,7 @@ ROWS = tuple(512 << k for k in range(8))  # 512 to 65536
 SIZES = {"cpu": (512, 2048), "cuda": (4096, 16384)}  # rows while the vocabulary grows, and while rows become active
 VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
 SHARES = (1.0, 0.5, 0.25, 0.125)
-MOST_SECONDS = 60.0  # of one call; what is predicted to take longer is skipped
+MOST_SECONDS = 30.0  # of one call; what is predicted to take longer is skipped
 
 
 def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], progress: Progress) -> list[dict[str, Any]]:

@@ -1,0 +1,166 @@
+"""A prefix vision-language model of about 110k parameters, sampled with a KV cache, and its supervised warm start."""
+
+import hashlib
+import math
+import os
+import pathlib
+import sys
+import tempfile
+
+import grounding_task as task
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from srpo import PixelLayout
+
+WIDTH, LAYERS, HEADS = 64, 2, 4
+PATCH = 4  # pixels per side of an image token
+PATCHES = 2 * (task.SIDE // PATCH) ** 2
+PREFIX = PATCHES + 3  # image tokens and prompt
+LAYOUT = PixelLayout("images", PATCH, (0.5,), (0.5,))
+WARM_START_STEPS, WARM_START_LR = 600, 1e-2
+DEMONSTRATIONS, SUMS = 48, 200  # of a step of the warm start
+CACHE = pathlib.Path(tempfile.gettempdir()) / "srpo-learn-grounding"
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, allowed: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        """Run on `x` `[B, S, H]`; `cache` holds keys and values of the columns before, and gets those of `x`."""
+        B, S, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, S, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[:] = k, v = (k, v) if not cache else (torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2))
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, -torch.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, S, WIDTH))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class PrefixVLM(nn.Module):
+    """Image tokens, which see each other, then text, which sees what is before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(PATCH**2, WIDTH)
+        self.words = nn.Embedding(len(task.WORDS), WIDTH)
+        self.positions = nn.Parameter(torch.empty(PREFIX + task.LENGTH, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(task.WORDS), bias=False)
+        for table in (self.words.weight, self.positions):
+            nn.init.normal_(table, std=0.3)
+
+    def forward(self, pixels: Tensor, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Return the last states `[B, PATCHES + text, H]` that the head is called on.
+
+        Args:
+            pixels: `[B, 1, 8, 16]`.
+            ids: `[B, text]`, prompt and completion.
+            hidden: `[B, text]` bool, tokens that no other token sees; every position stays.
+        """
+        x = torch.cat([self.see(pixels), self.words(ids)], 1)
+        S = x.shape[1]
+        allowed = _allowed(PATCHES, S)
+        if hidden is not None:
+            allowed = allowed & ~(functional.pad(hidden, (PATCHES, 0))[:, None, None] & ~torch.eye(S, dtype=torch.bool))
+        return self.run(x, 0, allowed)
+
+    def run(self, x: Tensor, first: int, allowed: Tensor) -> Tensor:
+        """Run embedded tokens `[B, S, H]` whose positions start at `first`."""
+        x = x + self.positions[first : first + x.shape[1]]
+        for block in self.blocks:
+            x = block(x, allowed)
+        return self.norm(x)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Cut pictures into patches and embed them."""
+        return self.patch(functional.unfold(pixels, PATCH, stride=PATCH).mT)
+
+    @torch.no_grad()
+    def sample(self, problems: task.Problems, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Sample completions at temperature 1: ids and mask, each `[B, LENGTH]`."""
+        B = len(problems.left)
+        x = torch.cat([self.see(problems.pixels), self.words(problems.prompt_ids)], 1) + self.positions[:PREFIX]
+        allowed = _allowed(PATCHES, PREFIX + task.LENGTH)
+        caches: list[list[Tensor]] = [[] for _ in self.blocks]
+        ids = torch.full((B, task.LENGTH), task.PAD)
+        alive = torch.ones(B, dtype=torch.bool)
+        for t in range(task.LENGTH):
+            end = PREFIX + t
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block(x, allowed[end - x.shape[1] : end, :end], cache)
+            chances = self.head(self.norm(x[:, -1])).softmax(-1)
+            token = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            ids[:, t] = torch.where(alive, token, task.PAD)
+            alive &= token != task.EOS
+            if not alive.any():
+                break
+            x = (self.words(token) + self.positions[end])[:, None]
+        ended = (ids == task.EOS).cumsum(1)
+        return ids, (ended == 0) | ((ended == 1) & (ids == task.EOS))
+
+
+def _allowed(patches: int, S: int) -> Tensor:
+    """Return which columns `[query, key]` see each other: those before, and image tokens all image tokens."""
+    columns = torch.arange(S)
+    image = columns < patches
+    return (columns[None, :] <= columns[:, None]) | (image[None, :] & image[:, None])
+
+
+def warm_start(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> PrefixVLM:
+    """Teach a new model the format and the arithmetic, so that log-prob contrasts mean something.
+
+    Each step sees demonstrations, and sums without a picture at a random place: there are 300 of them to learn.
+    """
+    torch.manual_seed(seed)
+    model, generator = PrefixVLM(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        rate = min((step + 1) / 40, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = WARM_START_LR * rate
+        problems = task.draw(DEMONSTRATIONS, generator, held_out=False, p_hint=p_hint)
+        loss = _imitation_loss(model, problems, task.demonstrations(problems, generator))
+        first = PREFIX + int(torch.randint(4, 13, (), generator=generator))
+        loss = loss + _last_token_loss(model, task.sums(SUMS, generator), first)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def _imitation_loss(model: PrefixVLM, problems: task.Problems, ids: Tensor) -> Tensor:
+    """Return the cross entropy of completions; the result of a computation counts three times."""
+    states = model(problems.pixels, torch.cat([problems.prompt_ids, ids], 1)[:, :-1])
+    logits = model.head(states[:, PREFIX - 1 :])
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    weights = (ids != task.PAD) + 2.0 * functional.pad(ids == task.ID["="], (1, 0))[:, :-1]
+    return (weights * losses).sum() / weights.sum()
+
+
+def _last_token_loss(model: PrefixVLM, ids: Tensor, first: int) -> Tensor:
+    states = model.run(model.words(ids[:, :-1]), first, _allowed(0, ids.shape[1] - 1))
+    return functional.cross_entropy(model.head(states[:, -1]), ids[:, -1])
+
+
+def warm_started(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> PrefixVLM:
+    """Load the warm start of these settings and this very code, or make and keep it."""
+    code = (pathlib.Path(module.__file__).read_text() for module in (task, sys.modules[__name__]))
+    key = "\n".join([*code, torch.__version__, f"{seed} {p_hint} {steps}"])
+    path = CACHE / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
+    if not path.exists():
+        made = warm_start(seed, p_hint, steps)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(made.state_dict(), partial)
+        partial.replace(path)
+    model = PrefixVLM()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
