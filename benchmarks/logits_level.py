@@ -209,13 +209,13 @@ def tables(
         if n_streams == 0:
             check = partial(inputs.wrong_loss, truth=truth)
             cases = {name: Case(partial(inputs.loss, p), fixed(one_read), check) for name, p in providers.items()}
-            yield Table("forward", "one read of the logits", cases | {"a copy": copy}, skipped)
+            yield Table("forward", "one read of the logits", cases | {"a copy, fresh memory": copy}, skipped)
         floor, check = fixed((4 if n_streams else 3) * one_read), partial(inputs.wrong, truth=truth)
         cases = {name: Case(partial(inputs.loss_and_gradient, p), floor, check) for name, p in providers.items()}
         also = f", {n_streams} contrast stream{'s' * (n_streams > 1)}" if n_streams else ""
         moved = f"two reads and one write of the logits{', and one read of the rows of a role' if n_streams else ''}"
         text = f"{moved}, at the bandwidth of a copy"
-        yield Table(f"forward + backward{also}", text, cases | {"a copy": copy}, skipped)
+        yield Table(f"forward + backward{also}", text, cases | {"a copy, fresh memory": copy}, skipped)
 
 
 def _copy(x: Tensor) -> None:
