@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from hidden_level import PROVIDERS, make_inputs
-from measure import Clock, peak_memory
+from measure import Clock, gemm_rate, peak_memory
 from rich.progress import Progress
 from shapes import DEFAULTS, MODELS, Shape, gib_free
 
@@ -18,7 +18,7 @@ MOST_SECONDS = 30.0  # of one call; what is predicted to take longer is skipped
 
 
 def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], progress: Progress) -> list[dict[str, Any]]:
-    """Time each point once, after a smaller one."""
+    """Time each point once, after a smaller one; floors are at the highest rate of products seen between the points."""
     H, V = MODELS[DEFAULTS[device.type][0]]
     some, more = SIZES[device.type]
     plan = [("rows", N, Shape(N // T, T, V, H), 1.0) for N in ROWS]
@@ -26,6 +26,7 @@ def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], prog
     plan += [("active rows", share, Shape(more // T, T, V, H), share) for share in SHARES]
     rate, points, latest = floors[str(dtype).removeprefix("torch.")], [], {}
     for axis, x, shape, share in progress.track(plan, description="growth"):
+        rate = max(rate, gemm_rate(device, dtype))
         inputs = make_inputs(shape, dtype, device).with_active(share)
         work = 6 * shape.B * shape.T * shape.V * shape.H
         for name in NAMES:
@@ -39,8 +40,8 @@ def run(device: torch.device, dtype: torch.dtype, floors: dict[str, float], prog
             peak = peak_memory(call, device)
             latest[name] = (work * (share if name == "srpo" else 1.0), call.milliseconds / 1e3)
             point = {"axis": axis, "x": x, "provider": name, "ms": call.milliseconds, "peak": peak}
-            points.append(point | {"floor": share * work / rate / 1e9, "logits": work / 6 / shape.H * 4 / 2**20})
-    return points
+            points.append(point | {"work": share * work, "logits": work / 6 / shape.H * 4 / 2**20})
+    return [{**point, "floor": point["work"] / rate / 1e9} for point in points]
 
 
 def _skipped(

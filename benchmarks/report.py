@@ -109,7 +109,7 @@ def _panel(axis: Any, points: list[dict[str, Any]], along: str, what: str) -> No
     base, label = ("floor", "bare matrix products") if what == "ms" else ("logits", "one copy of the logits (fp32)")
     below = sorted({(p["x"], p[base] / scale) for p in points})
     axis.plot(*zip(*below, strict=True), color="black", linestyle="--", linewidth=1)
-    axis.annotate(label, below[-1], xytext=(0, -16), textcoords="offset points", fontsize=8, ha="right", va="top")
+    axis.annotate(label, below[1], xytext=(10, -14), textcoords="offset points", fontsize=8, va="top")
     axis.set(xscale="log", yscale="log", xlabel=UNITS[along], ylabel="seconds" if what == "ms" else "peak memory, GiB")
     ticks = sorted({p["x"] for p in points})
     axis.set_xticks(ticks, [f"{x:g}" if x < 1000 else f"{x / 1024:g}k" for x in ticks], fontsize=8)
