@@ -132,7 +132,8 @@ def readme_figures() -> str:
             where, charts = known["growth"]["environment"], sorted(path.parent.glob(f"{path.stem}-*.png"))
             parts += [f"![{chart.stem}](benchmarks/results/{chart.name})" for chart in charts]
             command = "`python benchmarks/bench_loss.py --growth --json --plot`"
-            parts.append(f"{command}, {where['date']}, commit {where['commit']}.")
+            note = "Where a curve runs below the dashed one, the machine ran faster than when the rate was measured."
+            parts.append(f"{command}, {where['date']}, commit {where['commit']}. {note}")
     return "\n\n".join(parts)
 
 
