@@ -2,7 +2,8 @@
 
 A control is `ok` when its interval lies where it must, `WRONG` when it lies on the other side, `undecided` when it
 holds the border. Undecided breaks a run only at the start: a policy that has learned most of the task leaves little to
-measure.
+measure. Controls that negate a contrast are judged right after a warm start alone: whether contrasts still point the
+right way after updates is a finding, not a fact to hold a run to. The oracles know the labels, and are judged always.
 """
 
 from typing import Any
@@ -16,21 +17,27 @@ FAR_WORSE, FAR_BETTER = 0.9, 1.1
 OK, WRONG, UNDECIDED = "ok", "WRONG", "undecided"
 
 
-def check(setting: str, methods: list[str], found: Efficiency, agreement: np.ndarray) -> list[dict[str, Any]]:
+def check(
+    setting: str, methods: list[str], found: Efficiency, agreement: np.ndarray, *, updated: bool = False
+) -> list[dict[str, Any]]:
     """Judge the controls of a setting.
 
     Args:
         methods: names, in the order of `found`.
         agreement: `[methods]`, see `grounding_gradient.agreement`.
+        updated: whether the policies have been updated since their warm start.
 
     Returns: dicts with `setting`, `name`, `outcome` and `found`, a sentence.
     """
     column = dict(zip(methods, found.relative[:, :, 0].T, strict=True))
     negated, fillers, wrong = (column[name] for name in CONTROLS)
     gap = column[SIGNED] - negated
-    judged = [
+    of_contrasts = [
         ("the negated contrast is worse than GRPO", _judge(1.0 - negated, 0.0), _text(negated)),
         (f"{SIGNED} is better than its negation", _judge(gap, 0.0), f"by {_text(gap)}"),
+    ]
+    judged = [
+        *(() if updated else of_contrasts),
         ("fillers up are far worse than GRPO", _judge(1.0 - fillers, 1.0 - FAR_WORSE), _text(fillers)),
         ("wrong digits blamed are far better than GRPO", _judge(wrong - 1.0, FAR_BETTER - 1.0), _text(wrong)),
     ]

@@ -11,7 +11,7 @@ from tabulate import tabulate
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = ROOT / "benchmarks" / "results" / "grounding" / "cpu.json"
 BEGIN, END = "<!-- grounding: python benchmarks/learn_grounding.py --readme -->", "<!-- end of grounding -->"
-COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5", "srpo_plus": "#2f8f4e"}
+COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5"}
 UNCERTAINTY = "95 % intervals of a bootstrap over batches and rollouts at these policies, one method at a time"
 OTHER, CONTROL = "#555555", "#d98200"
 HEADERS = ("method", "hint-free reward, / GRPO", "warm starts", "grounded-correct, / GRPO", "copying (cosine)")
@@ -65,6 +65,12 @@ def gradient_text(found: dict[str, Any]) -> str:
     wrong = checks.broken(found["checks"], next(iter(found["settings"])))
     parts.append(f"BROKEN: {len(wrong)} controls came out wrong; believe nothing above" if wrong else verdict(found))
     return "\n\n".join(parts)
+
+
+def seeds_of(found: dict[str, Any]) -> str:
+    """Return the arguments that choose the seeds."""
+    first, n = found["seeds"][0], len(found["seeds"])
+    return f"--seed {first} --seeds {n}" if first else f"--seeds {n}"
 
 
 def sizes(found: dict[str, Any]) -> str:
@@ -149,7 +155,7 @@ def section(path: pathlib.Path = PATH) -> str:
     }
     if "gradient" in known:
         found = known["gradient"]
-        command = f"`python benchmarks/learn_grounding.py --seeds {len(found['seeds'])}`"
+        command = f"`python benchmarks/learn_grounding.py {seeds_of(found)}`"
         parts.append(f"{command}: {sizes(found)}; {UNCERTAINTY}.  \n{about(found)}")
         for name, setting in found["settings"].items():
             body = tabulate(rows_of(setting), HEADERS, tablefmt="github", disable_numparse=True)
@@ -161,7 +167,7 @@ def section(path: pathlib.Path = PATH) -> str:
         parts += [image for stem, image in images.items() if stem.endswith("efficiency")]
     if "runs" in known:
         found = known["runs"]
-        parts.append(f"`python benchmarks/learn_grounding.py --train --seeds {len(found['seeds'])}`:  \n{about(found)}")
+        parts.append(f"`python benchmarks/learn_grounding.py --train {seeds_of(found)}`:  \n{about(found)}")
         parts.append(runs.markdown(found))
         parts += [image for stem, image in images.items() if not stem.endswith("efficiency")]
     return "\n\n".join(parts)

@@ -102,7 +102,7 @@ def gradient_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any
             for i, method in enumerate(names)
         ]
         kept[name] = {**settings[name]._asdict(), "rows": rows}
-        checked += checks.check(name, names, mean, agreed)
+        checked += checks.check(name, names, mean, agreed, updated=settings[name].updates > 0)
     return {"seeds": seeds, "objectives": list(gradient.OBJECTIVES), "settings": kept, "checks": checked}
 
 

@@ -184,8 +184,6 @@ PRESETS: MappingProxyType[str, CreditConfig] = MappingProxyType(
         "srpo_one_pass": CreditConfig(reasoning_signal="image_independence"),
         "srpo_signed": CreditConfig(direction="advantage", normalize="none"),
         "srpo_kl": CreditConfig(contrast_kind="k3"),
-        # Not the paper's reading: its gradient beat GRPO's in all settings of benchmarks/learn_grounding.py.
-        "srpo_plus": CreditConfig(reasoning_signal="image_independence", direction="advantage", normalize="none"),
     }
 )
 """The credit stage by name: `role_weighted_grpo_loss(..., credit=PRESETS["srpo_one_pass"])`."""

@@ -209,14 +209,14 @@ class TestGradient:
 
 
 class TestChecks:
-    def judge(self, changed: dict[str, float], agreement: float = 0.5) -> list[str]:
+    def judge(self, changed: dict[str, float], agreement: float = 0.5, updated: bool = False) -> list[str]:
         values = {"srpo_signed": 1.1, "negated contrast": 0.7, "oracle: fillers": 0.5, "oracle: wrong digits": 1.4}
         column = np.array([(values | changed).get(name, 1.0) for name in NAMES])
         draws = column[:, None] + 0.01 * np.random.default_rng(0).normal(size=(200, len(NAMES), 1))
         agreed = np.array([agreement if name in PRESETS else np.nan for name in NAMES])
         return [
             c["name"]
-            for c in checks.check("start", NAMES, gradient.Efficiency(draws, draws), agreed)
+            for c in checks.check("start", NAMES, gradient.Efficiency(draws, draws), agreed, updated=updated)
             if c["outcome"] != checks.OK
         ]
 
@@ -227,6 +227,8 @@ class TestChecks:
         assert self.judge({"oracle: fillers": 0.97}) == ["fillers up are far worse than GRPO"]
         assert self.judge({"oracle: wrong digits": 1.05}) == ["wrong digits blamed are far better than GRPO"]
         assert self.judge({}, agreement=-0.5) == ["weights follow what they should"]
+        assert self.judge({"negated contrast": 1.2, "srpo_signed": 0.8}, updated=True) == []
+        assert self.judge({"oracle: fillers": 0.97}, updated=True) == ["fillers up are far worse than GRPO"]
 
     @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("grpo", "papo")])
     def test_negated_weights_are_detected(self, name, batch):

@@ -139,10 +139,6 @@ _ALL = (
         "srpo_signed", (*_BOTH, "advantages"), "2", "as srpo, exponent signed by the advantage; mean free", _SRPO,
         _preset("srpo_signed"),
     ),
-    Method(
-        "srpo_plus", (*_BOTH[:2], "advantages"), "1",
-        "as srpo_one_pass, exponent signed by the advantage; ours, not the paper's", _SRPO, _preset("srpo_plus"),
-    ),
     Method("srpo_kl", _BOTH, "2", "as srpo, contrast k3", _SRPO, _preset("srpo_kl")),
     Method(
         "rlsd", ("teacher_logps", "advantages", "step"), "1 (teacher)", "token weights in [0.8, 1.2], annealed",

@@ -137,7 +137,7 @@ class TestAdvantages:
         if credit in ("vppo", "pgpo", "tor"):  # the corrupted stream was scored on all tokens
             assert other[valid].float().mean() > 0.5
         else:
-            assert other[valid & (roles == 2)].any() == (credit in ("srpo_one_pass", "srpo_plus"))
+            assert other[valid & (roles == 2)].any() == (credit == "srpo_one_pass")
 
     def test_strength_falls_with_the_steps(self, tmp_path):
         trainer = trained(Watched, tmp_path, credit_anneal_steps=2, max_steps=3)
