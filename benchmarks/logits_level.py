@@ -202,10 +202,9 @@ def tables(
     """Yield the tables of the level: forward alone, then with backward and 0, 1 and 2 contrast streams."""
     providers, skipped = split(PROVIDERS, wanted, device)
     one_read = shape.B * shape.T * shape.V * dtype.itemsize / bandwidth / 1e6
-    copy = Case(partial(_copy, make_inputs(shape, dtype, device, 0).logits), fixed(2 * one_read))
     for n_streams in range(3):
         inputs = make_inputs(shape, dtype, device, n_streams)
-        truth = inputs.truth()
+        truth, copy = inputs.truth(), Case(partial(_copy, inputs.logits), fixed(2 * one_read))
         if n_streams == 0:
             check = partial(inputs.wrong_loss, truth=truth)
             cases = {name: Case(partial(inputs.loss, p), fixed(one_read), check) for name, p in providers.items()}

@@ -50,8 +50,8 @@ def heading(where: dict[str, Any], floors: dict[str, float]) -> str:
 
 def title(table: dict[str, Any]) -> str:
     """Name a table."""
-    shape = {k: v for k, v in table["shape"].items() if k in {"logits": "BTV", "credit": "BT"}.get(table["level"], k)}
-    sizes = " ".join(f"{name}={size}" for name, size in shape.items())
+    letters = {"logits": "BTV", "hidden": "BTVH", "credit": "BT"}[table["level"]]
+    sizes = " ".join(f"{letter}={table['shape'][letter]}" for letter in letters)
     return f"{table['level']}: {table['title']}, {sizes}, {table['dtype']}"
 
 

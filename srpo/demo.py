@@ -67,6 +67,16 @@ class Step(NamedTuple):
 def run(family: str, steps: int, seed: int) -> None:
     """Warm a model up, update it `steps` times with SRPO, and print what happened."""
     start = time.perf_counter()
+    console, vlm, generator = warmed_up(family, seed, PROMPTS, ROLLOUTS, "a loop of its own")
+    history = _update(console, vlm, generator, steps)
+    print_report(console, vlm, history)
+    console.print(seconds_and_memory(start))
+
+
+def warmed_up(
+    family: str, seed: int, prompts: int, rollouts: int, trainer: str
+) -> tuple[Console, TinyVLM, torch.Generator]:
+    """Build a model, say what is trained on what by what, and teach it the response format."""
     transformers.utils.logging.disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # the model is tiny: on a busy machine two threads mostly wait for each other
@@ -75,12 +85,9 @@ def run(family: str, steps: int, seed: int) -> None:
     console = Console(highlight=False)
     vlm = build_tiny_vlm(family)
     vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    print_header(console, vlm, PROMPTS, ROLLOUTS, "a loop of its own")
-    announced_warm_start(console, vlm, generator)
-    history = _update(console, vlm, generator, steps)
-    print_report(console, vlm, history)
-    console.print(seconds_and_memory(start))
+    _print_header(console, vlm, prompts, rollouts, trainer)
+    _warm_start(console, vlm, generator)
+    return console, vlm, generator
 
 
 def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Step:
@@ -133,8 +140,7 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
     return Step(examples, completions, roles, rewards, advantages, contrast, output, norm.item(), seconds)
 
 
-def announced_warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
-    """Teach the response format, with a progress bar."""
+def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
     losses: list[float] = []
     with progress_bar(console) as progress:
         task = progress.add_task("warm start", total=WARM_START_STEPS)
@@ -162,8 +168,7 @@ def progress_bar(console: Console) -> Progress:
 # ---- what is printed ----
 
 
-def print_header(console: Console, vlm: TinyVLM, prompts: int, rollouts: int, trainer: str) -> None:
-    """Say what is trained, on what, by what."""
+def _print_header(console: Console, vlm: TinyVLM, prompts: int, rollouts: int, trainer: str) -> None:
     parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
     rows = {
         "model": f"{vlm.model.config.model_type}, {parameters:,} parameters, built from a config, no download",

@@ -296,7 +296,7 @@ def _corrupted_by_row(
 ) -> ModelInputs:
     """Corrupt each sequence by a seed of its own tokens: the same beside other sequences, and on other ranks."""
     parts = []
-    for i, (ids, mask) in enumerate(zip(whole.input_ids, whole.attention_mask, strict=True)):
+    for i, (ids, mask) in enumerate(zip(whole.input_ids.cpu(), whole.attention_mask.cpu(), strict=True)):
         row = whole.rows(slice(i, i + 1), images)
         if row.has_pixels:
             seed = _seed_of(ids[mask != 0])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from srpo.demo import announced_warm_start, print_header, progress_bar, seconds_and_memory, signed
+from srpo.demo import progress_bar, seconds_and_memory, signed, warmed_up
 from srpo.demo_task import (
     IMAGE_TOKENS,
     MAX_COMPLETION_LENGTH,
@@ -21,7 +21,6 @@ from srpo.demo_task import (
     SPECIAL,
     TinyVLM,
     answers,
-    build_tiny_vlm,
     draw_examples,
 )
 
@@ -88,18 +87,9 @@ class Bar(transformers.TrainerCallback):
 def run(family: str, steps: int, seed: int) -> None:
     """Warm a model up, train it with `SRPOTrainer`, and print what the trainer logged."""
     start = time.perf_counter()
-    transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # the model is tiny: on a busy machine two threads mostly wait for each other
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    console = Console(highlight=False)
-    vlm = build_tiny_vlm(family)
-    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print_header(console, vlm, PROMPTS, ROLLOUTS, "srpo.integrations.trl.SRPOTrainer")
-    announced_warm_start(console, vlm, generator)
+    console, vlm, generator = warmed_up(family, seed, PROMPTS, ROLLOUTS, "srpo.integrations.trl.SRPOTrainer")
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(vlm, steps, seed, generator, folder)
         trainer.add_callback(Bar(console, steps))

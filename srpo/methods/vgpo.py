@@ -44,7 +44,7 @@ def visual_similarity(outputs: Any, image_token_mask: Tensor, logits_to_keep: in
     if isinstance(T, bool) or not isinstance(T, int) or not 0 <= T <= S:
         call.fail(ConfigError, "logits_to_keep", repr(T), f"an int in [0, {S}]", "pass completion_ids.size(1)")
     states, image = states.to(compute_dtype(states)), image_token_mask != 0
-    prototype = mean(torch.where(image[..., None], states, 0.0).mT, image[:, None, :]).mT  # [B, 1, H]
+    prototype = mean(states.mT, image[:, None, :]).mT  # [B, 1, H]
     return torch.cosine_similarity(states[:, S - T :], prototype, dim=-1)
 
 
@@ -83,7 +83,8 @@ def vgpo_token_factors(
 
     Source: VGPO, arXiv 2604.09349.
     """
-    v, mask = _focus("vgpo_token_factors", similarity, completion_mask, compensation, top)
+    _, mask, score = _opened("vgpo_token_factors", similarity, completion_mask, compensation, top)
+    v = _focus(score, mask, compensation, top)
     return _token_factors(v, mask, factor_min, factor_max)
 
 
@@ -112,9 +113,10 @@ def vgpo_trajectory_factors(
 
     Source: VGPO, arXiv 2604.09349. The released code groups adjacent rows; here rows of one group id, wherever.
     """
-    v, mask = _focus("vgpo_trajectory_factors", similarity, completion_mask, compensation, top)
-    groups = _groups("vgpo_trajectory_factors", group_ids, v)
-    return _trajectory_factors(v, mask, groups, factor_min, factor_max)
+    call, mask, score = _opened("vgpo_trajectory_factors", similarity, completion_mask, compensation, top)
+    call.tensor("group_ids", group_ids, [(len(mask),)], "[B]", "int")
+    v = _focus(score, mask, compensation, top)
+    return _trajectory_factors(v, mask, group_ids, factor_min, factor_max)
 
 
 def vgpo_weights(
@@ -148,35 +150,35 @@ def vgpo_weights(
     Source: VGPO, arXiv 2604.09349. The released code offsets negative similarities by the minimum of the micro-batch,
         padding included; here by that of the response, so that rows are independent.
     """
-    v, mask = _focus("vgpo_weights", similarity, completion_mask, compensation, top)
-    groups = _groups("vgpo_weights", group_ids, v)
-    trajectories = _trajectory_factors(v, mask, groups, 0.9, 2.0)
+    call, mask, score = _opened("vgpo_weights", similarity, completion_mask, compensation, top)
+    call.tensor("group_ids", group_ids, [(len(mask),)], "[B]", "int")
+    v = _focus(score, mask, compensation, top)
+    trajectories = _trajectory_factors(v, mask, group_ids, 0.9, 2.0)
     return trajectories[:, None] * _token_factors(v, mask, 0.1, 2.0)
 
 
-def _focus(
+def _opened(
     function: str, similarity: Tensor, completion_mask: Tensor | None, compensation: float, top: float
-) -> tuple[Tensor, Tensor]:
-    """Return v `[B, T]`, 0 where masked, and the mask."""
+) -> tuple[checks.Call, Tensor, Tensor]:
+    """Check what all three functions take; return the call, the mask, and the similarity with 0 where masked."""
     call, mask, (score,) = opened(function, "similarity", similarity, completion_mask, {})
     number(call, "compensation", compensation, 0.0, torch.inf, 0.3)
     number(call, "top", top, 0.0, 1.0, 0.2)
     call.finite("similarity", similarity, mask)
-    with torch.no_grad():
-        if not mask.shape[1]:
-            return score, mask
-        score = score - score.masked_fill(~mask, 0.0).amin(-1, keepdim=True).clamp(max=0.0)
-        n, t = mask.sum(-1, keepdim=True), mask.long().cumsum(-1) - 1
-        late = mask & (t >= n // 2)
-        gate = at_least_kth(score, late, share_of(late.sum(-1), top, up=False).clamp(min=1))
-        ramp = 1.0 + compensation * t.to(score.dtype) / (n - 1).clamp(min=1)
-        return min_max(torch.where(gate, score * ramp, score), mask), mask
+    return call, mask, score
 
 
-def _groups(function: str, group_ids: Tensor, v: Tensor) -> Tensor:
-    call = checks.Call(function, v, "similarity")
-    call.tensor("group_ids", group_ids, [(len(v),)], "[B]", "int")
-    return group_ids
+@torch.no_grad()
+def _focus(score: Tensor, mask: Tensor, compensation: float, top: float) -> Tensor:
+    """Return v `[B, T]`, 0 where masked."""
+    if not mask.shape[1]:
+        return score
+    score = score - score.masked_fill(~mask, 0.0).amin(-1, keepdim=True).clamp(max=0.0)
+    n, t = mask.sum(-1, keepdim=True), mask.long().cumsum(-1) - 1
+    late = mask & (t >= n // 2)
+    gate = at_least_kth(score, late, share_of(late.sum(-1), top, up=False).clamp(min=1))
+    ramp = 1.0 + compensation * t.to(score.dtype) / (n - 1).clamp(min=1)
+    return min_max(torch.where(gate, score * ramp, score), mask)
 
 
 def _token_factors(v: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
