@@ -20,7 +20,7 @@ from measure import peak_memory
 from tabulate import tabulate
 from transformers import TrainerCallback
 
-from srpo.demo_task import FAMILIES, build_tiny_vlm, warm_start
+from srpo.demo.task import FAMILIES, build_tiny_vlm, warm_start
 from srpo.integrations import trl as integration
 from srpo.integrations import trl_demo
 

@@ -19,15 +19,12 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import grounding_checks as checks
-import grounding_gradient as gradient
-import grounding_report as report
-import grounding_train as train
 import numpy as np
 import torch
 from bench_loss import environment
-from grounding_model import PrefixVLM, warm_started
-from grounding_workers import Workers
+from grounding import checks, gradient, report, train
+from grounding.model import PrefixVLM, warm_started
+from grounding.workers import Workers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

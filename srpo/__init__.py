@@ -5,9 +5,8 @@
 Importing `srpo` loads torch and nothing heavier: no Triton, transformers, trl or matplotlib.
 """
 
-from srpo.ablation import perception_tokens
+import srpo._moved  # noqa: F401 - before anything can ask for an old name
 from srpo.config import PRESETS, CreditConfig, LossConfig
-from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 from srpo.credit import group_advantages, role_contrast, token_advantages, token_weights
 from srpo.errors import (
     ConfigError,
@@ -26,8 +25,10 @@ from srpo.loss import SelectedLogps, role_weighted_grpo_loss, role_weighted_grpo
 from srpo.methods import METHODS, linear_strength, papo_loss_term, visual_similarity
 from srpo.metrics import MetricSums
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
-from srpo.scoring import StreamLogps, score_streams
 from srpo.stage import LossOutput
+from srpo.vision.ablation import perception_tokens
+from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
+from srpo.vision.scoring import StreamLogps, score_streams
 
 __version__ = "0.1.0"
 

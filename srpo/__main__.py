@@ -55,7 +55,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     extras = "demo" if options.trainer == "loop" else "demo,trl"
     try:
-        demo = importlib.import_module("srpo.demo" if options.trainer == "loop" else "srpo.integrations.trl_demo")
+        demo = importlib.import_module("srpo.demo.loop" if options.trainer == "loop" else "srpo.demo.trainer")
     except (ModuleNotFoundError, IncompatibleVersionError) as error:
         missing = (error.name or "trl").partition(".")[0]
         package = "trl" if missing in ("trl", "datasets") else DEMO_PACKAGES.get(missing)

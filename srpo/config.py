@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from srpo.errors import ConfigError, ConfigWarning
+from srpo_kernels.rules import CreditRule, LossRule
 
 # Beyond these bounds sign-dependent weights drift: method notes in the README, "Choosing bounds".
 _TIGHT_BOUNDS = (0.8, 1.2)
@@ -78,6 +79,7 @@ class CreditConfig:
         _require(self, "weight_min", ordered, "0 < weight_min <= weight_max", "weight_min=0.8, weight_max=1.2")
         _require(self, "strength", 0.0 <= self.strength <= 1.0, "0 <= strength <= 1", "strength=1.0")
         _require(self, "contrast_clamp", self.contrast_clamp > 0.0, "a positive number of nats", "contrast_clamp=20.0")
+        _keep_rule(self, CreditRule)
         wide = self.weight_min < _TIGHT_BOUNDS[0] or self.weight_max > _TIGHT_BOUNDS[1]
         if self.direction == "advantage" and wide:
             warnings.warn(
@@ -86,6 +88,11 @@ class CreditConfig:
                 ConfigWarning,
                 stacklevel=3,
             )
+
+    @property
+    def rule(self) -> str:
+        """Return what the ops take."""
+        return self.__dict__["_rule"]
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -152,6 +159,19 @@ class LossConfig:
                 "LossConfig(): max_completion_length got None, expected a positive int for loss_type='dr_grpo' (a "
                 "constant normaliser must not depend on padding); pass the trainer's max_completion_length."
             )
+        _keep_rule(self, LossRule)
+
+    @property
+    def rule(self) -> str:
+        """Return what the ops take."""
+        return self.__dict__["_rule"]
+
+
+def _keep_rule(config: Any, rule: type) -> None:
+    """Write the settings down as text now: under torch.compile they may be symbols later."""
+    values = (getattr(config, name) for name in rule._fields)
+    text = repr(tuple(float(x) if isinstance(x, float) else x for x in values))  # numpy's floats print otherwise
+    object.__setattr__(config, "_rule", text)
 
 
 def _check_choice(config: Any, name: str, options: tuple[str, ...]) -> None:

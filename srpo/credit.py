@@ -4,8 +4,7 @@ Everything here is detached: weights are constants of the loss. All of it works 
 `token_advantages`, fits any trainer that accepts per-token advantages.
 """
 
-from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,8 +233,8 @@ def run_credit(
             mask,
             as_dtype(advantages, dtype),
             layout,
-            backend=backend,
-            **settings_of(credit, without=("strict_finite",)),
+            credit.rule,
+            backend,
         )
     )
     if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
@@ -243,11 +242,6 @@ def run_credit(
         fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
         call.fail(NonFiniteError, "corrupted_logps or ablated_logps", f"{n} contrasts without a value", "none", fix)
     return result
-
-
-def settings_of(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of a config that an op takes."""
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in without}
 
 
 def compute_dtype(x: Tensor | None, backend: str = "torch") -> torch.dtype:

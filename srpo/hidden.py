@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
-from srpo.credit import as_dtype, compute_dtype, settings_of
+from srpo.credit import as_dtype, compute_dtype
 from srpo.loss import SelectedLogps
 from srpo.stage import LossOutput, Stage, check_selection, rows_read
 from srpo_kernels import head_ops
@@ -117,7 +117,7 @@ def role_weighted_grpo_loss_from_hidden(
     anchor, logps, entropy = head_ops.linear_head_training(
         _batched(layout, hidden), lm_head_weight, bias, _batched(layout, ids), _batched(layout, rows),
         old, ref, ratio, per_token, known_weights, mask, scale, role_ids, *streams, cu_seqlens,
-        **run, **stage.loss_settings, **settings_of(credit, without=("strict_finite",)),
+        loss_rule=loss.rule, credit_rule=credit.rule, **run,
     )  # fmt: skip
     logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
     weights, credited = found or stage.weigh(logps, contrasts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
-from srpo.credit import Credit, as_dtype, compute_dtype, run_credit, settings_of
+from srpo.credit import Credit, as_dtype, compute_dtype, run_credit
 from srpo.errors import ConfigError
 from srpo.metrics import MetricSums, credit_sums, loss_sums
 from srpo_kernels import ops
@@ -116,9 +116,7 @@ class Stage:
     ) -> LossOutput:
         """Reduce log-probs and weights to the loss and its metrics; `scored` are the rows that a head was run on."""
         terms = self.terms(weights, normaliser)
-        per_trajectory, clip_and_kl = ops.policy_loss(
-            logps, *terms, layout=self.layout, backend=self.backend, **self.loss_settings
-        )
+        per_trajectory, clip_and_kl = ops.policy_loss(logps, *terms, self.layout, self.loss.rule, self.backend)
         groups = {"cispo" if self.loss.loss_type == "cispo" else "clip"}
         groups |= {"kl"} if self.loss.beta != 0.0 else set()
         groups |= {"entropy"} if entropy is not None else set()
@@ -137,11 +135,6 @@ class Stage:
         counts = self.layout.token_counts(self.mask).to(weights.dtype)
         scale = loss_scale(self.loss, counts, normaliser)
         return *(as_dtype(x, weights.dtype) for x in constants), weights, self.mask, scale
-
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """Return the fields of `LossConfig` that `ops.policy_loss` takes."""
-        return settings_of(self.loss, without=("temperature", "max_completion_length"))
 
 
 def loss_scale(loss: LossConfig, counts: Tensor, num_items_in_batch: Any) -> Tensor:

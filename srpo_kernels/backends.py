@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srpo_kernels import launch, reference, row_chunks
 from srpo_kernels.layout import Layout
+from srpo_kernels.rules import CreditRule, LossRule
 
 
 def row_statistics(
@@ -18,7 +19,7 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `logps`, `row_max`, `log_sum` `[S, B, T]` of streams `[B, T or T+1, V]`; `entropy` `[B, T]`, or empty."""
     if backend == "triton":
-        from srpo_kernels.selected_logps import row_statistics_fwd
+        from srpo_kernels.row_statistics import row_statistics_fwd
 
         with launch.device_guard(ids.device):
             return row_statistics_fwd(streams, ids, row_mask, temperature, return_entropy)
@@ -39,7 +40,7 @@ def statistics_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
 def logits_gradient(out: Tensor, *arguments: Any, whole_rows: bool = True, backend: str) -> None:
     """Write the gradient of logits into `out`, which may be the logits; arguments as `row_chunks.logits_gradient`."""
     if backend == "triton":
-        from srpo_kernels.selected_logps import logits_gradient_bwd
+        from srpo_kernels.row_statistics import logits_gradient_bwd
 
         with launch.device_guard(out.device):
             logits_gradient_bwd(out, *arguments)
@@ -48,41 +49,38 @@ def logits_gradient(out: Tensor, *arguments: Any, whole_rows: bool = True, backe
 
 
 def token_credit(
-    *tensors: Tensor | None, cu_seqlens: Tensor | None, n_trajectories: int, backend: str, **settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `contrast`, `weights`, `flags` per token and `baseline` `[R]`.
-
-    Args:
-        tensors: contrast, base, corrupted, ablated, role_ids, mask, advantages; contiguous, per token.
-    """
+    contrast: Tensor | None, base: Tensor | None, corrupted: Tensor | None, ablated: Tensor | None, role_ids: Tensor,
+    mask: Tensor, advantages: Tensor | None, cu_seqlens: Tensor | None, n_trajectories: int, rule: CreditRule,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return `contrast`, `weights`, `flags` per token and `baseline` `[R]` of contiguous tensors, per token."""
+    tensors = (contrast, base, corrupted, ablated, role_ids, mask, advantages)
     if backend == "triton":
         from srpo_kernels.token_credit import token_credit_fwd
 
-        with launch.device_guard(tensors[5].device):
-            return token_credit_fwd(*tensors, cu_seqlens, n_trajectories, **settings)
+        with launch.device_guard(mask.device):
+            return token_credit_fwd(*tensors, cu_seqlens, n_trajectories, rule)
     if cu_seqlens is None:
-        return reference.token_credit(*tensors, **settings)
-    padding = Layout(tuple(tensors[5].shape), cu_seqlens).pad()
-    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), **settings)
-    return *(padding.pack(x, tensors[5].shape[0]) for x in per_token), baseline
+        return reference.token_credit(*tensors, rule)
+    padding = Layout(tuple(mask.shape), cu_seqlens).pad()
+    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), rule)
+    return *(padding.pack(x, mask.shape[0]) for x in per_token), baseline
 
 
 def policy_loss(
-    *tensors: Tensor | None, scale: Tensor, cu_seqlens: Tensor | None, backend: str, **settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss `[R]` and metric sums `[R, 3]` of each trajectory, and `coefficient` = d loss / d logps.
-
-    Args:
-        tensors: logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask; contiguous.
-        scale: `[R]`.
-    """
+    logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None, importance_sampling_ratio: Tensor | None,
+    advantages: Tensor, weights: Tensor, mask: Tensor, scale: Tensor, cu_seqlens: Tensor | None, rule: LossRule,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss `[R]` and metric sums `[R, 3]` of each trajectory, and `coefficient` = d loss / d logps."""
+    tensors = (logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask)
     if backend == "triton":
         from srpo_kernels.policy_loss import policy_loss_fwd
 
-        with launch.device_guard(tensors[0].device):
-            return policy_loss_fwd(*tensors, scale, cu_seqlens, **settings)
+        with launch.device_guard(logps.device):
+            return policy_loss_fwd(*tensors, scale, cu_seqlens, rule)
     if cu_seqlens is None:
-        return reference.policy_loss(*tensors, scale, **settings)
-    padding = Layout(tuple(tensors[0].shape), cu_seqlens).pad()
-    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale, **settings)
-    return loss, sums, padding.pack(coefficient, tensors[0].shape[0])
+        return reference.policy_loss(*tensors, scale, rule)
+    padding = Layout(tuple(logps.shape), cu_seqlens).pad()
+    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale, rule)
+    return loss, sums, padding.pack(coefficient, logps.shape[0])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels import backends, linear_head
+from srpo_kernels import backends, linear_head, rules
 from srpo_kernels.loss_terms import LossTerms
 
 
@@ -127,39 +127,14 @@ def _linear_head_training(
     wants: list[bool],
     workspace_bytes: int,
     process_group: str,
+    loss_rule: str,
+    credit_rule: str,
     backend: str,
-    loss_type: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    importance_sampling_level: str,
-    contrast_kind: str,
-    reasoning_signal: str,
-    baseline: str,
-    tau: float,
-    weight_min: float,
-    weight_max: float,
-    direction: str,
-    normalize: str,
-    strength: float,
-    missing_role: str,
-    contrast_clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
     terms = LossTerms(
         old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale,
-        role_ids, corrupted, ablated, cu_seqlens,
-        credit={
-            "contrast_kind": contrast_kind, "reasoning_signal": reasoning_signal, "baseline": baseline, "tau": tau,
-            "weight_min": weight_min, "weight_max": weight_max, "direction": direction, "normalize": normalize,
-            "strength": strength, "missing_role": missing_role, "contrast_clamp": contrast_clamp,
-        },
-        loss={
-            "loss_type": loss_type, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta,
-            "beta": beta, "importance_sampling_level": importance_sampling_level,
-        },
-        backend=backend,
+        role_ids, corrupted, ablated, cu_seqlens, rules.loss_rule(loss_rule), rules.credit_rule(credit_rule), backend,
     )  # fmt: skip
     logps, entropy, gradients = linear_head.train(head, hidden, ids, row_mask, terms, tuple(wants))
     return logps.new_zeros(()), logps, entropy, *gradients
@@ -167,7 +142,7 @@ def _linear_head_training(
 
 @_linear_head_training.register_fake
 def _(hidden, weight, bias, ids, row_mask, *arguments):
-    wants, backend = arguments[12], arguments[15]
+    wants, backend = arguments[12], arguments[-1]
     dtype = backends.statistics_dtype(hidden.dtype, backend)
     vectors = (ids.new_empty(shape, dtype=dtype) for shape in ((), ids.shape, ids.shape))
     return *vectors, *_fake_gradients(hidden, weight, bias, wants)

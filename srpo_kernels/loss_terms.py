@@ -6,13 +6,14 @@ together. Either way the functions of `backends.py` compute what they compute fo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from srpo_kernels import backends
 from srpo_kernels.layout import Layout
+from srpo_kernels.rules import CreditRule, LossRule
 
 
 class Group(NamedTuple):
@@ -44,14 +45,14 @@ class LossTerms:
     corrupted: Tensor | None
     ablated: Tensor | None
     cu_seqlens: Tensor | None
-    credit: dict[str, Any]
-    loss: dict[str, Any]
+    loss: LossRule
+    credit: CreditRule
     backend: str
 
     @property
     def of_rows(self) -> bool:
         """Say whether the coefficient of a row depends on that row alone."""
-        return self.weights is not None and self.loss["importance_sampling_level"] == "token"
+        return self.weights is not None and self.loss.importance_sampling_level == "token"
 
     def groups(self, chunks: tuple[Tensor, ...], size: int) -> Iterator[Group]:
         """Yield the chunks one by one, or join their rows into whole trajectories of about `size` rows."""
@@ -81,9 +82,7 @@ class LossTerms:
             (cells,) = group.chunks
             scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(-1)[cells]
             part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None])
-            result[cells] = backends.policy_loss(
-                *part, scale=scale, cu_seqlens=None, backend=self.backend, **self.loss
-            )[2][:, 0]
+            result[cells] = backends.policy_loss(*part, scale, None, self.loss, self.backend)[2][:, 0]
             return result
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is not None:
@@ -91,7 +90,7 @@ class LossTerms:
         shape = (-1,) if cu_seqlens is not None else (-1, self.mask.shape[1])
         part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), cu_seqlens)
         scale = self.scale[group.trajectories]
-        _, _, g = backends.policy_loss(*part, scale=scale, cu_seqlens=cu_seqlens, backend=self.backend, **self.loss)
+        _, _, g = backends.policy_loss(*part, scale, cu_seqlens, self.loss, self.backend)
         result[group.tokens] = g.reshape(-1)
         return result
 
@@ -108,7 +107,5 @@ class LossTerms:
             base = logps if old is None else old
             n = len(mask) if cu_seqlens is None else cu_seqlens.numel() - 1
             streams = (None, base, corrupted, ablated, role_ids, mask, advantages)
-            _, weights, _, _ = backends.token_credit(
-                *streams, cu_seqlens=cu_seqlens, n_trajectories=n, backend=self.backend, **self.credit
-            )
+            _, weights, _, _ = backends.token_credit(*streams, cu_seqlens, n, self.credit, self.backend)
         return [logps, old, ref, ratio, advantages, weights, mask]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels import backends, row_chunks
+from srpo_kernels import backends, row_chunks, rules
 from srpo_kernels.layout import Layout
 
 
@@ -129,30 +129,15 @@ def _token_credit(
     advantages: Tensor | None,
     cu_seqlens: Tensor | None,
     n_trajectories: int,
-    contrast_kind: str,
-    reasoning_signal: str,
-    baseline: str,
-    tau: float,
-    weight_min: float,
-    weight_max: float,
-    direction: str,
-    normalize: str,
-    strength: float,
-    missing_role: str,
-    contrast_clamp: float,
+    rule: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.token_credit(
-        contrast, base, corrupted, ablated, role_ids, mask, advantages,
-        cu_seqlens=cu_seqlens, n_trajectories=n_trajectories, backend=backend,
-        contrast_kind=contrast_kind, reasoning_signal=reasoning_signal, baseline=baseline, tau=tau,
-        weight_min=weight_min, weight_max=weight_max, direction=direction, normalize=normalize, strength=strength,
-        missing_role=missing_role, contrast_clamp=contrast_clamp,
-    )  # fmt: skip
+    tensors = (contrast, base, corrupted, ablated, role_ids, mask, advantages)
+    return backends.token_credit(*tensors, cu_seqlens, n_trajectories, rules.credit_rule(rule), backend)
 
 
 @_token_credit.register_fake
-def _(contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories, *settings):
+def _(contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens, n_trajectories, rule, backend):
     dtype = (base if contrast is None else contrast).dtype
     per_token = [mask.new_empty(mask.shape, dtype=dtype) for _ in range(2)]
     flags = mask.new_empty(mask.shape, dtype=torch.uint8)
@@ -170,24 +155,15 @@ def _policy_loss(
     mask: Tensor,
     scale: Tensor,
     cu_seqlens: Tensor | None,
-    loss_type: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    importance_sampling_level: str,
+    rule: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.policy_loss(
-        logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask,
-        scale=scale, cu_seqlens=cu_seqlens, backend=backend,
-        loss_type=loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        importance_sampling_level=importance_sampling_level,
-    )  # fmt: skip
+    tensors = (logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale)
+    return backends.policy_loss(*tensors, cu_seqlens, rules.loss_rule(rule), backend)
 
 
 @_policy_loss.register_fake
-def _(logps, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, cu_seqlens, *settings):
+def _(logps, old_logps, ref_logps, ratio, advantages, weights, mask, scale, cu_seqlens, rule, backend):
     n_trajectories = scale.shape[0]
     shapes = ((n_trajectories,), (n_trajectories, 3), tuple(logps.shape))
     return tuple(logps.new_empty(shape) for shape in shapes)
@@ -245,14 +221,13 @@ def token_credit(
     mask: Tensor,
     advantages: Tensor | None,
     layout: Layout,
-    *,
+    rule: str,
     backend: str,
-    **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` in the shape of the tokens and `baseline` `[R]`, all detached."""
     tensors = (contrast, base, corrupted, ablated, role_ids, mask, advantages)
     flat = (None if x is None else x.detach().contiguous() for x in tensors)
-    return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, **settings, backend=backend)
+    return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, rule, backend)
 
 
 def policy_loss(
@@ -265,14 +240,11 @@ def policy_loss(
     mask: Tensor,
     scale: Tensor,
     layout: Layout,
-    *,
+    rule: str,
     backend: str,
-    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss `[R]` of each trajectory, differentiable in `logps`, and metric sums `[R, 3]`."""
     constants = (old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale)
     flat = (None if x is None else x.detach().contiguous() for x in constants)
-    loss, sums, _ = torch.ops.srpo.policy_loss(
-        logps.contiguous(), *flat, layout.cu_seqlens, **settings, backend=backend
-    )
+    loss, sums, _ = torch.ops.srpo.policy_loss(logps.contiguous(), *flat, layout.cu_seqlens, rule, backend)
     return loss, sums

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srpo_kernels import launch
 from srpo_kernels.device import RATIO_LOG_MAX, capped_exp, clipped_surrogate, difference, k3, trajectory_range
+from srpo_kernels.rules import LossRule
 
 
 @triton.jit
@@ -114,13 +115,7 @@ def policy_loss_fwd(
     mask: Tensor,
     scale: Tensor,
     cu_seqlens: Tensor | None,
-    *,
-    loss_type: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    importance_sampling_level: str,
+    rule: LossRule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `loss` `[R]`, metric sums `[R, 3]` and `coefficient` `[N]` of contiguous inputs `[N]`."""
     n_trajectories = scale.numel()
@@ -129,17 +124,17 @@ def policy_loss_fwd(
     loss, sums = torch.empty(n_trajectories, **options), torch.empty(n_trajectories, 3, **options)
     if not n_trajectories:
         return loss, sums, coefficient
-    cispo = loss_type == "cispo"
+    cispo = rule.loss_type == "cispo"
     _policy_loss_fwd_kernel[(n_trajectories,)](
         logps, *(logps if x is None else x for x in (old_logps, ref_logps, importance_sampling_ratio)),
         advantages, weights, mask, mask if cu_seqlens is None else cu_seqlens, scale,
         coefficient, loss, sums,
-        mask.numel() // n_trajectories, 1.0 - epsilon_low, epsilon_high if cispo else 1.0 + epsilon_high,
-        float("inf") if delta is None else delta, float(beta),
+        mask.numel() // n_trajectories, 1.0 - rule.epsilon_low, rule.epsilon_high if cispo else 1.0 + rule.epsilon_high,
+        float("inf") if rule.delta is None else rule.delta, float(rule.beta),
         CISPO=cispo,
-        SEQUENCE_TOKEN=importance_sampling_level == "sequence_token",
+        SEQUENCE_TOKEN=rule.importance_sampling_level == "sequence_token",
         HAS_OLD=old_logps is not None,
-        HAS_KL=beta != 0.0,
+        HAS_KL=rule.beta != 0.0,
         HAS_IS_RATIO=importance_sampling_ratio is not None,
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,

@@ -7,6 +7,8 @@ is float64 truth out. Nothing here chooses devices, splits into chunks or knows 
 import torch
 from torch import Tensor
 
+from srpo_kernels.rules import CreditRule, LossRule
+
 RATIO_LOG_MAX = 60.0  # exp(60) times an advantage still sums in fp32; beyond it a ratio carries no information
 K3_SERIES_BELOW = 0.5  # under this |d| the closed form of k3 loses digits to cancellation
 K3_MAX = 10.0
@@ -110,18 +112,7 @@ def token_credit(
     role_ids: Tensor,
     mask: Tensor,
     advantages: Tensor | None,
-    *,
-    contrast_kind: str,
-    reasoning_signal: str,
-    baseline: str,
-    tau: float,
-    weight_min: float,
-    weight_max: float,
-    direction: str,
-    normalize: str,
-    strength: float,
-    missing_role: str,
-    contrast_clamp: float,
+    rule: CreditRule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` (uint8), all `[R, T]`, and `baseline` `[R]` of padded trajectories.
 
@@ -131,41 +122,42 @@ def token_credit(
     perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
     credited = perception | reasoning
     if contrast is None:
-        against = corrupted if reasoning_signal == "image_independence" else torch.where(perception, corrupted, ablated)
-        raw = base - against
-        if reasoning_signal == "image_independence":
+        one_pass = rule.reasoning_signal == "image_independence"
+        raw = base - (corrupted if one_pass else torch.where(perception, corrupted, ablated))
+        if one_pass:
             raw = torch.where(reasoning, -raw, raw)
     else:
-        raw = contrast.where(~contrast.isinf(), contrast.sign() * contrast_clamp)
+        raw = contrast.where(~contrast.isinf(), contrast.sign() * rule.contrast_clamp)
     no_value = credited & raw.isnan()
     c = torch.where(credited & ~no_value, raw, torch.zeros_like(raw))
     if contrast is None:
-        c = _contrast_of(c.clamp(-contrast_clamp, contrast_clamp), contrast_kind).where(credited, torch.zeros_like(c))
+        d = c.clamp(-rule.contrast_clamp, rule.contrast_clamp)
+        c = _contrast_of(d, rule.contrast_kind).where(credited, torch.zeros_like(c))
 
     n = credited.sum(-1, keepdim=True)
     mean = _masked_mean(c, credited)
-    shift = {"none": torch.zeros_like(c), "mean": mean.expand_as(c)}.get(baseline)
+    shift = {"none": torch.zeros_like(c), "mean": mean.expand_as(c)}.get(rule.baseline)
     if shift is None:
         shift = torch.where(perception, _masked_mean(c, perception), _masked_mean(c, reasoning))
-    u = (c - shift) / tau
-    if direction == "advantage":
+    u = (c - shift) / rule.tau
+    if rule.direction == "advantage":
         u = u * advantages.sign()
-    if normalize == "solve":
-        u = u - _solve_shift(u, credited, weight_min, weight_max)
+    if rule.normalize == "solve":
+        u = u - _solve_shift(u, credited, rule.weight_min, rule.weight_max)
     w = u.exp()
-    low, high = credited & (w < weight_min), credited & (w > weight_max)
-    w = w.clamp(weight_min, weight_max)
-    if normalize == "mean":
+    low, high = credited & (w < rule.weight_min), credited & (w > rule.weight_max)
+    w = w.clamp(rule.weight_min, rule.weight_max)
+    if rule.normalize == "mean":
         w = w / _masked_mean(w, credited)
 
     lacking = n == 0
-    if missing_role == "uniform":
+    if rule.missing_role == "uniform":
         lacking = lacking | ~(perception.any(-1, keepdim=True) & reasoning.any(-1, keepdim=True))
     largest = c.masked_fill(~credited, -torch.inf).amax(-1, keepdim=True) if c.shape[1] else n
     smallest = c.masked_fill(~credited, torch.inf).amin(-1, keepdim=True) if c.shape[1] else n
     weighted = credited & ~(lacking | (largest <= smallest))
-    if strength != 1.0:
-        w = 1.0 + strength * (w - 1.0)
+    if rule.strength != 1.0:
+        w = 1.0 + rule.strength * (w - 1.0)
     w = torch.where(weighted, w, mask.to(w.dtype))
     flags = AT_LOWER_BOUND * (low & weighted) + AT_UPPER_BOUND * (high & weighted) + NO_VALUE * no_value
     return c, w, flags.to(torch.uint8), mean.masked_fill(lacking, torch.nan).squeeze(-1)
@@ -218,13 +210,7 @@ def policy_loss(
     weights: Tensor,
     mask: Tensor,
     scale: Tensor,
-    *,
-    loss_type: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    importance_sampling_level: str,
+    rule: LossRule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss `[R]`, metric sums `[R, 3]` and `coefficient` = d loss / d logps `[R, T]` of padded trajectories.
 
@@ -235,33 +221,33 @@ def policy_loss(
     logps = torch.where(mask, logps, zero)
     old = logps if old_logps is None else torch.where(mask, old_logps, zero)
     log_ratio, log_slope = _difference(logps, old)
-    if importance_sampling_level == "sequence_token":
+    if rule.importance_sampling_level == "sequence_token":
         log_ratio = _masked_mean(log_ratio, mask).expand_as(log_ratio)
     ratio = log_ratio.clamp(max=RATIO_LOG_MAX).exp()
     ratio_slope = torch.where(log_ratio <= RATIO_LOG_MAX, ratio, zero) * log_slope
     sign = torch.where(mask, advantages, zero)
     advantage = torch.where(mask, advantages * weights, zero)
-    if loss_type == "cispo":
-        bound = ratio.clamp(max=epsilon_high)
+    if rule.loss_type == "cispo":
+        bound = ratio.clamp(max=rule.epsilon_high)
         # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
         policy, slope = torch.where(advantage == 0, zero, -bound * advantage * logps), -bound * advantage
-        low, high = torch.zeros_like(mask), (ratio > epsilon_high) & (sign > 0)
+        low, high = torch.zeros_like(mask), (ratio > rule.epsilon_high) & (sign > 0)
     else:
-        delta = torch.inf if delta is None else delta
-        value, value_slope = clipped_surrogate(ratio, advantage, 1.0 - epsilon_low, 1.0 + epsilon_high, delta)
+        delta = torch.inf if rule.delta is None else rule.delta
+        value, value_slope = clipped_surrogate(ratio, advantage, 1.0 - rule.epsilon_low, 1.0 + rule.epsilon_high, delta)
         policy, slope = -value, -value_slope * ratio_slope
         free = ratio.clamp(max=delta)
-        low, high = (free < 1.0 - epsilon_low) & (sign < 0), (free > 1.0 + epsilon_high) & (sign > 0)
+        low, high = (free < 1.0 - rule.epsilon_low) & (sign < 0), (free > 1.0 + rule.epsilon_high) & (sign > 0)
     if importance_sampling_ratio is not None:
         correction = torch.where(importance_sampling_ratio.isnan(), 1.0, importance_sampling_ratio)
         correction = torch.where(mask, correction, zero)
         policy, slope = policy * correction, slope * correction
     kl = zero
-    if beta != 0.0:
+    if rule.beta != 0.0:
         log_ref_ratio, ref_slope = _difference(torch.where(mask, ref_logps, zero), logps)
         kl = k3(-log_ref_ratio.clamp(max=RATIO_LOG_MAX))
         kl_slope = torch.where(log_ref_ratio <= RATIO_LOG_MAX, -torch.expm1(log_ref_ratio) * ref_slope, zero)
-        policy, slope = policy + beta * kl, slope + beta * kl_slope
+        policy, slope = policy + rule.beta * kl, slope + rule.beta * kl_slope
     sums = torch.stack([(low & mask).sum(-1).to(kl.dtype), (high & mask).sum(-1).to(kl.dtype), kl.sum(-1)], -1)
     coefficient = torch.where(mask, slope * scale[:, None], zero)
     return torch.where(mask, policy, zero).sum(-1) * scale, sums, coefficient

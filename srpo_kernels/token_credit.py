@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srpo_kernels import launch
 from srpo_kernels.device import contrast_of, trajectory_range
+from srpo_kernels.rules import CreditRule
 
 SOLVE_STEPS = tl.constexpr(40)
 AT_LOWER_BOUND, AT_UPPER_BOUND, NO_VALUE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
@@ -193,18 +194,7 @@ def token_credit_fwd(
     advantages: Tensor | None,
     cu_seqlens: Tensor | None,
     n_trajectories: int,
-    *,
-    contrast_kind: str,
-    reasoning_signal: str,
-    baseline: str,
-    tau: float,
-    weight_min: float,
-    weight_max: float,
-    direction: str,
-    normalize: str,
-    strength: float,
-    missing_role: str,
-    contrast_clamp: float,
+    rule: CreditRule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` `[N]` and `baseline` `[R]` of contiguous inputs `[N]`."""
     out, weights = (torch.empty(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(2))
@@ -217,14 +207,15 @@ def token_credit_fwd(
         *(unused if x is None else x for x in (contrast, base, corrupted, ablated)), role_ids, mask,
         unused if advantages is None else advantages, unused if cu_seqlens is None else cu_seqlens,
         out, weights, flags, means,
-        mask.numel() // n_trajectories, tau, weight_min, weight_max, strength, contrast_clamp,
+        mask.numel() // n_trajectories, rule.tau, rule.weight_min, rule.weight_max, rule.strength,
+        rule.contrast_clamp,
         GIVEN=contrast is not None,
-        KIND=contrast_kind,
-        ONE_PASS=reasoning_signal == "image_independence",
-        BASELINE=baseline,
-        SIGNED=direction == "advantage",
-        NORMALIZE=normalize,
-        UNIFORM_IF_MISSING=missing_role == "uniform",
+        KIND=rule.contrast_kind,
+        ONE_PASS=rule.reasoning_signal == "image_independence",
+        BASELINE=rule.baseline,
+        SIGNED=rule.direction == "advantage",
+        NORMALIZE=rule.normalize,
+        UNIFORM_IF_MISSING=rule.missing_role == "uniform",
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,
         num_warps=launch.TOKEN_WARPS,

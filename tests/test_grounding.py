@@ -12,16 +12,10 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import grounding_checks as checks  # noqa: E402
-import grounding_gradient as gradient  # noqa: E402
-import grounding_model as models  # noqa: E402
-import grounding_report as report  # noqa: E402
-import grounding_rollouts as rollouts  # noqa: E402
-import grounding_runs as runs  # noqa: E402
-import grounding_task as task  # noqa: E402
-import grounding_train as train  # noqa: E402
 import learn_grounding  # noqa: E402
-from grounding_workers import Workers  # noqa: E402
+from grounding import checks, gradient, report, rollouts, runs, task, train  # noqa: E402
+from grounding import model as models  # noqa: E402
+from grounding.workers import Workers  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from srpo import METHODS, PRESETS, Role  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from srpo.model_access import full_positions
+from srpo.vision.access import full_positions
 
 COMPLETIONS = (
     "<look>red 3</look><think>so 4</think>",

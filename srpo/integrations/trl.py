@@ -23,7 +23,7 @@ from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
 from srpo.integrations.weighing import metric_sums, weigh
 from srpo.metrics import MetricSums
 from srpo.roles import RoleParse, role_ids_from_completions
-from srpo.scoring import StreamLogps, score_streams
+from srpo.vision.scoring import StreamLogps, score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
 

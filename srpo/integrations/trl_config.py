@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NoReturn
 
 from srpo.config import PRESETS
 from srpo.errors import ConfigError, IncompatibleVersionError
-from srpo.integrations.settings import CreditSettings
+from srpo.settings import CreditSettings
 
 TESTED = ("1.14.2", "1.16.0")
 
@@ -29,8 +29,8 @@ class SRPOConfig(GRPOConfig):
             log-probs alone (`"vppo"`, `"pgpo"`, `"tor"`). `"grpo"` is TRL's trainer, bit for bit.
         credit_anneal_steps: steps over which the strength of the weights falls linearly to 0; None: constant.
         role_grammar: a `RoleGrammar`, or its fields in a dict.
-        corruption: one of `srpo.corruption`, its name, or a dict `{"name": "PatchMask", "probability": 0.5}`; None:
-            `PatchMask()`.
+        corruption: a corruption such as `PatchMask()`, its name, or a dict `{"name": "PatchMask", "probability":
+            0.5}`; None: `PatchMask()`.
         perception_hiding: `"mask"`, `"delete"` or None, as `method` of `score_streams`.
         stream_batch_size: sequences a forward of `score_streams`; None: `per_device_train_batch_size`.
 

@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from srpo import checks
 from srpo.config import PRESETS, CreditConfig
-from srpo.corruption import PixelLayout
 from srpo.credit import token_advantages
 from srpo.errors import ConfigError
-from srpo.integrations.settings import CreditSettings
 from srpo.integrations.weighing import metric_sums, weigh
 from srpo.methods import Method
 from srpo.metrics import MetricSums
 from srpo.roles import Role, role_ids_from_completions
+from srpo.settings import CreditSettings
+from srpo.vision.corruption import PixelLayout
 
 PARTITION = "srpo"  # of the transfer queue: copies in verl's own would look like rollouts to its replay buffer
 _SEQUENCE_FIELDS = ("input_ids", "position_ids")

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from srpo.corruption import PixelLayout
 from srpo.errors import ConfigError, IncompatibleVersionError, SRPOError
-from srpo.integrations.settings import CreditSettings
 from srpo.integrations.verl import CreditStages, check_pictures
+from srpo.settings import CreditSettings
+from srpo.vision.corruption import PixelLayout
 
 NAME = "srpo_sync"
 TRAINERS = "verl.trainer.ppo.v1"

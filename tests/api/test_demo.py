@@ -13,9 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 import srpo
-from srpo import Role, demo
+from srpo import Role
 from srpo.__main__ import DEMO_PACKAGES, MODELS, environment, main
-from srpo.demo_task import (
+from srpo.demo import loop as demo
+from srpo.demo.task import (
     FAMILIES,
     MERGE,
     PATCH,
@@ -338,9 +339,9 @@ def test_a_missing_package_is_named_with_the_install_line(
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ("demo", "demo_task"):
-        monkeypatch.delitem(sys.modules, f"srpo.{name}")
-        monkeypatch.delattr(srpo, name)
+    for name in ("loop", "task"):
+        monkeypatch.delitem(sys.modules, f"srpo.demo.{name}")
+        monkeypatch.delattr(srpo.demo, name)
     assert main(["demo"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -350,7 +351,7 @@ def test_a_missing_package_is_named_with_the_install_line(
 
 def test_the_demo_in_trl_names_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "srpo.integrations.trl_demo", raising=False)
+    monkeypatch.delitem(sys.modules, "srpo.demo.trainer", raising=False)
     assert main(["demo", "--trainer", "trl"]) == 2
     assert "needs trl: pip install 'srpo[demo,trl]'" in capsys.readouterr().err
 

@@ -131,7 +131,7 @@ def hidden_loss(shape: Shape, **options) -> None:
 @contextmanager
 def few_rows() -> Iterator[None]:
     """Make every call split its rows over several programs, as a GPU with idle multiprocessors does."""
-    launch = importlib.import_module("srpo_kernels.selected_logps").launch  # its own, also when it is a mutant's
+    launch = importlib.import_module("srpo_kernels.row_statistics").launch  # its own, also when it is a mutant's
     stock, launch.split_rows = launch.split_rows, lambda n_rows, device: True
     try:
         yield

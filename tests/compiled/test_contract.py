@@ -97,7 +97,7 @@ def test_an_element_of_logits_is_moved_once(survey, target):
 def test_an_odd_row_stride_is_the_documented_slow_path(survey, target):
     """Rows that start anywhere are loaded element by element: that is what `selected_logps` says."""
     assert "128-bit accesses need the row strides to be multiples of 16 elements" in (
-        ROOT / "srpo_kernels/selected_logps.py"
+        ROOT / "srpo_kernels/row_statistics.py"
     ).read_text().replace("\n", " ")
     for row in rows_of(survey, case="odd V", target=target):
         if "logits" in row["kernel"] or "row_statistics" in row["kernel"]:

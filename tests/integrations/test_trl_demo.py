@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from srpo.demo_task import FAMILIES, TinyVLM, build_tiny_vlm, draw_examples, model_inputs
-from srpo.integrations import trl_demo
+from srpo.demo import trainer as trl_demo
+from srpo.demo.task import FAMILIES, TinyVLM, build_tiny_vlm, draw_examples, model_inputs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

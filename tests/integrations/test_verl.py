@@ -23,7 +23,6 @@ from srpo import (
     ShapeError,
     score_streams,
 )
-from srpo.integrations.settings import CreditSettings
 from srpo.integrations.verl import (
     PARTITION,
     CreditStages,
@@ -36,6 +35,7 @@ from srpo.integrations.verl import (
     token_credit_advantages,
 )
 from srpo.roles import Role, role_ids_from_completions
+from srpo.settings import CreditSettings
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from srpo import ConfigError
-from srpo.integrations.settings import CreditSettings
+from srpo.settings import CreditSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What verl 0.9 imports beside torch, transformers and what TRL brings; installed --no-deps, as its own pins conflict.

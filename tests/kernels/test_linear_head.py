@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
-from srpo.credit import settings_of
 from srpo_kernels import head_ops
 from srpo_kernels.linear_head import Head
 from srpo_kernels.loss_terms import LossTerms
+from srpo_kernels.rules import credit_rule, loss_rule
 
-CREDIT = settings_of(CreditConfig(), without=("strict_finite",))
-LOSS = settings_of(LossConfig(beta=0.04), without=("temperature", "max_completion_length"))
+CREDIT, LOSS = CreditConfig().rule, LossConfig(beta=0.04).rule
 SEQUENCE = LossConfig(importance_sampling_level="sequence_token")
 
 
@@ -80,8 +79,9 @@ def test_opcheck_training(monkeypatch, backend, wants, weighs_first):
     weights = torch.where(mask, 1.1, 0.0) if weighs_first else None
     streams = (None,) * 3 if weighs_first else (roles, vectors - 0.5, vectors - 0.1)
     arguments = (hidden, weight, shift, ids, mask, old, vectors, None, mask * 0.7, weights, mask,
-                 torch.tensor([0.5, 0.25]), *streams, None, 0.9, wants, 2 * 7 * 4, "", backend)  # fmt: skip
-    opcheck(torch.ops.srpo.linear_head_training.default, arguments, LOSS | CREDIT)
+                 torch.tensor([0.5, 0.25]), *streams, None, 0.9, wants, 2 * 7 * 4, "", LOSS, CREDIT,
+                 backend)  # fmt: skip
+    opcheck(torch.ops.srpo.linear_head_training.default, arguments)
 
 
 # compile
@@ -198,10 +198,10 @@ def test_rows_of_a_chunk_fill_the_workspace(backend_name, dtype, row_bytes, trai
 
 def terms_of(mask, cu_seqlens=None, level="sequence_token", weights=None):
     """Terms that say how rows are grouped, and nothing else."""
-    loss = LOSS | {"importance_sampling_level": level}
+    loss = loss_rule(LOSS)._replace(importance_sampling_level=level)
     return LossTerms(
-        None, None, None, mask * 1.0, weights, mask, mask.new_zeros(0), None, None, None, cu_seqlens, CREDIT, loss,
-        "torch",
+        None, None, None, mask * 1.0, weights, mask, mask.new_zeros(0), None, None, None, cu_seqlens, loss,
+        credit_rule(CREDIT), "torch",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The registered ops: schemas, fake kernels, autograd, compile; and the twins against the kernels."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,17 @@ from strategies import make_batch
 from tolerances import assert_close_to_truth
 
 from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
-from srpo.credit import settings_of
 from srpo_kernels import ops, reference
 from srpo_kernels.device import clipped_surrogate
 from srpo_kernels.layout import Layout
 
-CREDIT = settings_of(CreditConfig(), without=("strict_finite",))
-LOSS = settings_of(LossConfig(beta=0.04), without=("temperature", "max_completion_length"))
+CREDIT, LOSS = CreditConfig().rule, LossConfig(beta=0.04)
 
 
-def opcheck(op, arguments, keywords=None):
+def opcheck(op, arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own test utilities
-        torch.library.opcheck(op, arguments, keywords or {})
+        torch.library.opcheck(op, arguments)
 
 
 def logits_and_ids(V=130, **options):
@@ -67,8 +66,8 @@ def test_opcheck_token_credit(backend, packed):
     cu = torch.tensor([0, 5, 10]) if packed else None
     shaped = {k: v if packed else v.reshape(2, 5) for k, v in x.items()}
     arguments = (None, shaped["old_logps"], shaped["corrupted_logps"], shaped["ablated_logps"], shaped["role_ids"],
-                 mask.flatten() if packed else mask, None, cu, 2)  # fmt: skip
-    opcheck(torch.ops.srpo.token_credit.default, arguments, CREDIT | {"backend": backend})
+                 mask.flatten() if packed else mask, None, cu, 2, CREDIT, backend)  # fmt: skip
+    opcheck(torch.ops.srpo.token_credit.default, arguments)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -80,8 +79,8 @@ def test_opcheck_policy_loss(backend, packed):
     cu = torch.tensor([0, 5, 10]) if packed else None
     advantages, weights, scale = mask * 1.0, mask * 1.1, torch.tensor([0.5, 0.25])
     vectors = (clean["logps"].requires_grad_(), clean["old_logps"], clean["ref_logps"], None, advantages, weights)
-    arguments = (*vectors, mask, scale, cu)
-    opcheck(torch.ops.srpo.policy_loss.default, arguments, LOSS | {"backend": backend})
+    arguments = (*vectors, mask, scale, cu, LOSS.rule, backend)
+    opcheck(torch.ops.srpo.policy_loss.default, arguments)
 
 
 def loss_inputs(device):
@@ -155,14 +154,14 @@ def test_coefficients_of_the_kernel_are_those_of_the_twin(loss_type, level, delt
     old = torch.zeros(2, 8)
     ratios = torch.tensor([[1.0, 0.7, 1.25, 1.15, 3.1, 5.0, 0.5, 1.3]]).expand(2, 8)
     logps = ratios.log().requires_grad_()
-    keywords = dict(LOSS, loss_type=loss_type, delta=delta, importance_sampling_level=level)
+    rule = replace(LOSS, loss_type=loss_type, delta=delta, importance_sampling_level=level).rule
     advantages = torch.tensor([1.0, -0.5])[:, None].expand(2, 8)
     weights, mask = torch.full((2, 8), 1.1), torch.ones(2, 8, dtype=torch.bool)
     gradients = []
     for backend in ("torch", "triton"):
         loss, sums = ops.policy_loss(
             logps, old, old - 0.1, None, advantages, weights, mask, torch.tensor([0.3, 0.7]), Layout((2, 8)),
-            backend=backend, **keywords,
+            rule, backend,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss.sum() * 0.37, logps)
         gradients.append(gradient)

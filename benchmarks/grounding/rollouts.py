@@ -3,12 +3,12 @@
 from collections.abc import Container
 from typing import Any, NamedTuple
 
-import grounding_task as task
 import torch
-from grounding_model import LAYOUT, PATCHES, PREFIX, PrefixVLM
 from torch import Tensor
 from torch.nn import functional
 
+from grounding import task
+from grounding.model import LAYOUT, PATCHES, PREFIX, PrefixVLM
 from srpo import (
     METHODS,
     PatchMask,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from srpo.model_inputs import ModelInputs
 from srpo.roles import Role
+from srpo.vision.inputs import ModelInputs
 
 
 def hide(inputs: ModelInputs, seen: Tensor, *, cut: bool) -> tuple[ModelInputs, Tensor]:

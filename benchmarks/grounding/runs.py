@@ -4,9 +4,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from grounding_train import BINS, MEASURES
 from scipy import stats
 from tabulate import tabulate
+
+from grounding.train import BINS, MEASURES
 
 BASE = "grpo"
 SHOWN = ("accuracy", "seen", "grounded", "shuffled", "blank", "copies", "reward", "entropy", "perception", "formed")

@@ -9,13 +9,13 @@ held-out digits with a useless hint. Products with each part of d are kept, so t
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import grounding_task as task
 import numpy as np
 import torch
-from grounding_model import PrefixVLM
-from grounding_rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, roll_out, score
 from torch import Tensor
 
+from grounding import task
+from grounding.model import PrefixVLM
+from grounding.rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, roll_out, score
 from srpo import METHODS, PRESETS, Role, group_advantages, role_contrast, token_weights
 
 OBJECTIVES = ("hint-free", "grounded-correct", "hint copying")

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from srpo.demo import progress_bar, seconds_and_memory, signed, warmed_up
-from srpo.demo_task import (
+from srpo.demo.loop import progress_bar, seconds_and_memory, signed, warmed_up
+from srpo.demo.task import (
     IMAGE_TOKENS,
     MAX_COMPLETION_LENGTH,
     PROMPT,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from srpo.checks import describe
 from srpo.errors import ConfigError, DtypeError
-from srpo.pixel_layout import PixelLayout, fail
+from srpo.vision.pixels import PixelLayout, fail
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from srpo import checks
-from srpo.ablation import hide, swap
-from srpo.corruption import PatchMask, PixelLayout
 from srpo.errors import ConfigError, ShapeError
 from srpo.hidden import selected_logps_from_hidden
 from srpo.loss import selected_logps
-from srpo.model_access import (
+from srpo.roles import Role
+from srpo.vision.ablation import hide, swap
+from srpo.vision.access import (
     counts_columns,
     evaluating,
     full_positions,
@@ -29,8 +29,8 @@ from srpo.model_access import (
     needs_token_types,
     own_logits,
 )
-from srpo.model_inputs import ModelInputs, check_inputs, images_per_row
-from srpo.roles import Role
+from srpo.vision.corruption import PatchMask, PixelLayout
+from srpo.vision.inputs import ModelInputs, check_inputs, images_per_row
 
 _STREAMS = ("clean", "corrupted", "ablated")
 
@@ -80,7 +80,7 @@ def score_streams(
         attention_mask: `[B, S]` 0/1.
         logits_to_keep: T, the columns of the completion.
         role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
-        corruption: one of `srpo.corruption`.
+        corruption: one of `srpo.vision.corruption`.
         generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed for each sequence,
             made of its own valid tokens, so that a corruption does not depend on batch, padding or rank
             (`ShuffleImages`, which mixes sequences, takes one of all `input_ids`).
@@ -350,5 +350,5 @@ def _check_settings(
     if method not in (None, "mask", "delete"):
         call.fail(ConfigError, "method", repr(method), "None, 'mask' or 'delete'", "pass method=None")
     if isinstance(corruption, type) or not callable(getattr(corruption, "on_inputs", None)):
-        fix = "pass PatchMask() or another of srpo.corruption"
+        fix = "pass PatchMask() or another of srpo.vision.corruption"
         call.fail(ConfigError, "corruption", checks.describe(corruption), "a corruption with on_inputs", fix)

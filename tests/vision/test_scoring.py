@@ -23,9 +23,10 @@ import transformers
 from tiny_vlms import FAMILIES, IMAGE_BLOCKS, picture
 from torch import Tensor, nn
 
-from srpo import ConfigError, DtypeError, RoleParseError, ShapeError, SRPOError, scoring
-from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
-from srpo.scoring import StreamLogps, score_streams
+from srpo import ConfigError, DtypeError, RoleParseError, ShapeError, SRPOError
+from srpo.vision import scoring
+from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
+from srpo.vision.scoring import StreamLogps, score_streams
 from srpo_kernels import linear_head
 
 T = 9

@@ -4,11 +4,11 @@ import json
 import pathlib
 from typing import Any
 
-import grounding_checks as checks
-import grounding_runs as runs
 from tabulate import tabulate
 
-ROOT = pathlib.Path(__file__).parents[1]
+from grounding import checks, runs
+
+ROOT = pathlib.Path(__file__).parents[2]
 PATH = ROOT / "benchmarks" / "results" / "grounding" / "cpu.json"
 BEGIN, END = "<!-- grounding: python benchmarks/learn_grounding.py --readme -->", "<!-- end of grounding -->"
 COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5"}

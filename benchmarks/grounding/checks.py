@@ -9,7 +9,8 @@ right way after updates is a finding, not a fact to hold a run to. The oracles k
 from typing import Any
 
 import numpy as np
-from grounding_gradient import CONTROLS, Efficiency
+
+from grounding.gradient import CONTROLS, Efficiency
 
 SIGNED = "srpo_signed"
 LEAST_AGREEMENT = 0.1
@@ -24,7 +25,7 @@ def check(
 
     Args:
         methods: names, in the order of `found`.
-        agreement: `[methods]`, see `grounding_gradient.agreement`.
+        agreement: `[methods]`, see `grounding.gradient.agreement`.
         updated: whether the policies have been updated since their warm start.
 
     Returns: dicts with `setting`, `name`, `outcome` and `found`, a sentence.

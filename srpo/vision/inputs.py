@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srpo.checks import Call, describe
 from srpo.errors import ConfigError, ShapeError
-from srpo.model_access import backbone_of
+from srpo.vision.access import backbone_of
 
 # What one entry of a vision tensor belongs to, where that is not the image. Anything else is one entry a sequence.
 _UNITS = {"pixel_values": "pixels", "pixel_attention_mask": "sequence", "spatial_shapes": "pixels"}

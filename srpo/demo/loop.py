@@ -21,7 +21,7 @@ from torch import Tensor
 
 import srpo
 from srpo import Role
-from srpo.demo_task import (
+from srpo.demo.task import (
     Completions,
     Example,
     TinyVLM,
@@ -33,7 +33,7 @@ from srpo.demo_task import (
     warm_start,
     with_completions,
 )
-from srpo.scoring import score_streams
+from srpo.vision.scoring import score_streams
 
 WARM_START_STEPS = 200  # at most
 PROMPTS, ROLLOUTS = 8, 8

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_vlms import FAMILIES, MERGED_PATCH, picture
 
 from srpo import ConfigError, DtypeError, ShapeError
-from srpo.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
+from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 
 ROOT = pathlib.Path(__file__).parents[2]
 CORRUPTIONS = [
@@ -247,7 +247,7 @@ def test_seeds_differ_and_pictures_differ():
 def test_same_result_in_another_process_without_heavy_imports():
     code = (
         "import hashlib, json, sys, torch\n"
-        "from srpo.corruption import *\n"
+        "from srpo.vision.corruption import *\n"
         "heavy = [m for m in ('transformers', 'PIL', 'triton', 'trl') if m in sys.modules]\n"
         "pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)\n"
         "layout = PixelLayout('images', 4, (0.5,) * 3, (0.5,) * 3)\n"

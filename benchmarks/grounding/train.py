@@ -3,13 +3,13 @@
 import copy
 from typing import Any, NamedTuple
 
-import grounding_task as task
 import torch
-from grounding_gradient import contrast
-from grounding_model import LAYOUT, PrefixVLM
-from grounding_rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, roll_out, score
 from torch import Tensor
 
+from grounding import task
+from grounding.gradient import contrast
+from grounding.model import LAYOUT, PrefixVLM
+from grounding.rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, roll_out, score
 from srpo import METHODS, Blank, Role, ShuffleImages
 
 LEARNING_RATE = 2e-4

@@ -7,11 +7,11 @@ import pathlib
 import sys
 import tempfile
 
-import grounding_task as task
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grounding import task
 from srpo import PixelLayout
 
 WIDTH, LAYERS, HEADS = 64, 2, 4

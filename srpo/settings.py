@@ -6,11 +6,11 @@ from typing import Any, Literal, NoReturn, Self
 
 import torch
 
-from srpo import corruption as corruptions
 from srpo.config import PRESETS, CreditConfig
 from srpo.errors import ConfigError
 from srpo.methods import METHODS, Method, linear_strength
 from srpo.roles import Role, RoleGrammar
+from srpo.vision import corruption as corruptions
 
 _AT_HAND = {"role_ids", "corrupted_logps", "ablated_logps", "advantages", "entropy"}  # signals of a method
 _CORRUPTIONS = tuple(name for name in corruptions.__all__ if name != "PixelLayout")
@@ -24,7 +24,7 @@ class CreditSettings:
         credit: a `CreditConfig`, or a method of `srpo.METHODS` that reads log-probs alone.
         credit_anneal_steps: steps over which the strength of the weights falls linearly to 0; None: constant.
         role_grammar: the tags of the roles.
-        corruption: one of `srpo.corruption`.
+        corruption: one of `srpo.vision.corruption`.
         hidden_positions: `"keep"` leaves the other tokens at their positions when the perception is cut out;
             `"close"` closes the gap, for attention that takes a gap for the start of another sequence.
         seed: of the corruption; each step has a generator of its own.
