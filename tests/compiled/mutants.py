@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import srpo_kernels
 
-KERNEL_FILES = ("selected_logps", "token_credit", "policy_loss")
+KERNEL_FILES = ("row_statistics", "token_credit", "policy_loss")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE = (
 
 COMPILED = {
     "rows in int32": Mutant(
-        "selected_logps",
+        "row_statistics",
         ((".to(tl.int64)", ""), (": tl.int64", "")),
         (
             *(f"{STATISTICS}: int32 address: {name}_ptr" for name in ("logits", "corrupted", "ablated")),
@@ -49,13 +49,13 @@ COMPILED = {
         ("precomputed",),
     ),
     "logits stay bf16": Mutant(
-        "selected_logps", (('other=float("-inf")).to(tl.float32)', 'other=float("-inf"))'),), ("does not compile",)
+        "row_statistics", (('other=float("-inf")).to(tl.float32)', 'other=float("-inf"))'),), ("does not compile",)
     ),
     "gradient in bf16": Mutant(
-        "selected_logps", (("log_p = (x - ", "log_p = (x.to(tl.bfloat16) - 1 - "),), (f"{GRADIENT}: not fp32",)
+        "row_statistics", (("log_p = (x - ", "log_p = (x.to(tl.bfloat16) - 1 - "),), (f"{GRADIENT}: not fp32",)
     ),
     "gradient in fp64": Mutant(
-        "selected_logps", (("log_p = (x - ", "log_p = (x.to(tl.float64) - "),), (f"{GRADIENT}: fp64",)
+        "row_statistics", (("log_p = (x - ", "log_p = (x.to(tl.float64) - "),), (f"{GRADIENT}: fp64",)
     ),
     "forward block spills": Mutant(
         "launch",
@@ -71,22 +71,22 @@ COMPILED = {
         (f"{CREDIT}: spills", f"{LOSS}: spills"), ("precomputed",),
     ),
     "misaligned load": Mutant(
-        "selected_logps",
+        "row_statistics",
         (("tl.load(row_ptr + offsets,", "tl.load(row_ptr + 1 + offsets,"),),
         (f"{STATISTICS}: narrow loads", f"{GRADIENT}: narrow loads", f"{SPLIT}: narrow loads"),
         ("plain", "few rows"),
     ),
     "misaligned store": Mutant(
-        "selected_logps", (("tl.store(out, (onehot", "tl.store(out + 1, (onehot"),), (f"{GRADIENT}: narrow stores",)
+        "row_statistics", (("tl.store(out, (onehot", "tl.store(out + 1, (onehot"),), (f"{GRADIENT}: narrow stores",)
     ),
     "alignment of the output unknown": Mutant(
-        "selected_logps", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
+        "row_statistics", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
     ),
 }  # fmt: skip
 
 # Faults of numbers and bounds, which machine code does not show: the interpreter's guard must.
 INTERPRETED = {
-    "row mask one too far": Mutant("selected_logps", (("mask=cols < V", "mask=cols <= V"),), ("IndexError",)),
+    "row mask one too far": Mutant("row_statistics", (("mask=cols < V", "mask=cols <= V"),), ("IndexError",)),
     "credit mask one too far": Mutant("token_credit", (("tokens < end", "tokens <= end"),), ("IndexError",)),
     "loss mask one too far": Mutant("policy_loss", (("tokens < end", "tokens <= end"),), ("IndexError",)),
     "logits stay bf16": replace(COMPILED["logits stay bf16"], breaks=("cannot compute on bf16",)),
