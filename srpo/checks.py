@@ -21,7 +21,12 @@ from srpo.errors import (
     RoleParseError,
     ShapeError,
     SRPOError,
+    describe,
+    is_int,
+    is_number,
+    refuse,
 )
+from srpo.streams import STREAMS, Streams, is_not_scored
 from srpo_kernels import launch
 from srpo_kernels.layout import Layout
 
@@ -48,7 +53,7 @@ class Call:
 
     def fail(self, error: type[SRPOError], argument: str, got: str, expected: str, fix: str) -> NoReturn:
         """Raise `error` with the house message."""
-        raise error(f"{self.function}(): {argument} got {got}, expected {expected}; {fix}.")
+        refuse(error, self.function, argument, got, expected, fix)
 
     def tensor(self, name: str, x: Any, shapes: list[tuple[int, ...]], layout: str, kind: str) -> None:
         """Check type, sharding, rank, size, dtype kind (`"float"`, `"int"`, `"mask"`) and device of one tensor."""
@@ -97,13 +102,6 @@ class Call:
 def _same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
     # Element by element: under torch.compile a tuple of symbols is not found in a list, equal or not.
     return len(a) == len(b) and all(p == q for p, q in zip(a, b, strict=True))
-
-
-def describe(x: Any) -> str:
-    """Return dtype and shape of a tensor, or type and value of anything else."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    return f"{type(x).__name__} {x!r}"[:80]
 
 
 def layout_of(call: Call, name: str, x: Tensor, cu_seqlens: Any) -> Layout:
@@ -158,24 +156,32 @@ def advantages_of(call: Call, advantages: Any, mask: Tensor, layout: Layout) -> 
     return per_token
 
 
-def contrast_inputs(
+def contrast_streams(
     call: Call,
     credit: CreditConfig,
     layout: Layout,
-    logps: dict[str, Any],
-    live: dict[str, Any],
+    role_ids: Tensor,
+    mask: Tensor,
+    logps: Streams,
+    live: Streams = Streams(),  # noqa: B008 - immutable
+    live_kind: str = "logits",
     check_live: Callable[[str, Any], Any] | None = None,
-    kind: str = "logits",
 ) -> None:
-    """Check that each contrast stream that `credit` reads is given exactly once, as log-probs or live, as a `kind`."""
-    for stream in ("corrupted", "ablated"):
-        name, live_name = f"{stream}_logps", f"{stream}_{kind}"
-        given, scored_here = logps.get(stream), live.get(stream)
+    """Check that each stream that `credit` reads is given exactly once, and scored where it is read.
+
+    Args:
+        logps: log-probs that were scored before.
+        live: logits or hidden states, as `live_kind` says, which `check_live` knows how to check.
+    """
+    for stream, given, scored_here in zip(STREAMS, logps, live, strict=True):
+        name, live_name = f"{stream}_logps", f"{stream}_{live_kind}"
         if given is not None and scored_here is not None:
             fix = f"drop {live_name} when {name} were scored before"
-            call.fail(ConfigError, live_name, f"{kind} together with {name}", "one of the two", fix)
+            call.fail(ConfigError, live_name, f"{live_kind} together with {name}", "one of the two", fix)
         if given is not None:
             call.tensor(name, given, [layout.shape], tokens(layout), "float")
+            reads = f"reasoning_signal={credit.reasoning_signal!r} reads"
+            scored(call, name, given, credit.rows(stream, role_ids, mask), reads)
         if scored_here is not None and check_live is not None:
             check_live(live_name, scored_here)
         if stream in credit.streams and given is None and scored_here is None:
@@ -185,6 +191,16 @@ def contrast_inputs(
             )
             signal = f"log-probs, which reasoning_signal={credit.reasoning_signal!r} reads"
             call.fail(ConfigError, name, "None", signal, fix)
+
+
+def scored(call: Call, name: str, x: Tensor, reads: Tensor, who_reads: str) -> None:
+    """Check that no cell is read that `score_streams` was told nobody would read."""
+    if call.validates:
+        lost = int((is_not_scored(x) & reads).sum())
+        if lost:
+            expected = f"a log-prob in each of the {int(reads.sum())} cells that {who_reads}"
+            fix = "pass the same credit=, role_ids and mask to score_streams"
+            call.fail(ConfigError, name, f"{lost} cells that were not scored", expected, fix)
 
 
 def logits_of(call: Call, name: str, logits: Any, layout: Layout, vocabulary: int | None = None) -> int:
@@ -244,7 +260,7 @@ def _same_dtype(call: Call, name: str, x: Tensor, hidden: Tensor) -> None:
 
 def temperature(call: Call, value: Any) -> None:
     """Check a sampling temperature."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < torch.inf:
+    if not is_number(value) or value <= 0.0:
         fix = "pass the temperature that the rollout was sampled with"
         call.fail(ConfigError, "temperature", repr(value), "a positive number", fix)
 
@@ -252,7 +268,7 @@ def temperature(call: Call, value: Any) -> None:
 def workspace(call: Call, workspace_bytes: Any) -> None:
     """Check a budget in bytes, or None."""
     x = workspace_bytes
-    if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x <= 0):
+    if x is not None and not (is_int(x) and x > 0):
         fix = "pass None, or for example 256 << 20"
         call.fail(ConfigError, "workspace_bytes", describe(x), "a positive number of bytes", fix)
 
@@ -268,30 +284,49 @@ def process_group_name(call: Call, process_group: Any) -> str:
 
 
 def loss_inputs(
-    call: Call, loss: LossConfig, layout: Layout, mask: Tensor, old_logps: Any, ref_logps: Any, is_ratio: Any
-) -> None:
-    """Check the log-prob inputs of the loss stage."""
+    call: Call, loss: LossConfig, layout: Layout, old_logps: Any, ref_logps: Any, is_ratio: Any
+) -> Tensor | None:
+    """Check the log-prob inputs of the loss stage; return the importance ratio per token."""
     for name, x in (("old_logps", old_logps), ("ref_logps", ref_logps)):
         if x is not None:
             call.tensor(name, x, [layout.shape], tokens(layout), "float")
     if loss.beta != 0.0 and ref_logps is None:
         call.fail(ConfigError, "ref_logps", "None", f"log-probs because beta={loss.beta}", "score them or set beta=0.0")
-    if is_ratio is not None:
-        shapes = [layout.shape, (layout.n_trajectories, 1)]
-        call.tensor("importance_sampling_ratio", is_ratio, shapes, f"{tokens(layout)} or one per trajectory", "float")
+    if is_ratio is None:
+        return None
+    shapes = [layout.shape, (layout.n_trajectories, 1)]
+    call.tensor("importance_sampling_ratio", is_ratio, shapes, f"{tokens(layout)} or one per trajectory", "float")
+    return is_ratio if tuple(is_ratio.shape) == layout.shape else layout.spread(is_ratio[:, 0])
 
 
-def given_weights(call: Call, weights: Any, mask: Tensor, layout: Layout, contrasts: dict[str, Any]) -> Tensor:
+def given_weights(call: Call, weights: Any, mask: Tensor, layout: Layout, others: dict[str, Any]) -> Tensor:
     """Check weights that replace the credit stage."""
     call.tensor("weights", weights, [layout.shape], tokens(layout), "float")
-    for name, x in contrasts.items():
-        if x is not None:
-            call.fail(ConfigError, name, "a contrast stream together with weights", "one of the two", f"drop {name}")
+    _alone(call, "weights", others)
     call.finite("weights", weights, mask)
     if call.validates and bool(((weights < 0) & mask).any()):
         fix = "weights change magnitudes, put signs into advantages"
         call.fail(ConfigError, "weights", "negative values", "weights of at least 0", fix)
     return weights.detach()
+
+
+def given_contrast(
+    call: Call, contrast: Any, role_ids: Tensor | None, mask: Tensor, layout: Layout, others: dict[str, Any]
+) -> Tensor:
+    """Check contrasts that replace the streams."""
+    call.tensor("contrast", contrast, [layout.shape], tokens(layout), "float")
+    _alone(call, "contrast", others)
+    if role_ids is None:
+        fix = "pass role_ids from role_ids_from_completions"
+        call.fail(ConfigError, "role_ids", "None together with contrast", f"role ids {tokens(layout)}", fix)
+    scored(call, "contrast", contrast, mask & ((role_ids == 1) | (role_ids == 2)), "the credit stage reads")
+    return contrast.detach()
+
+
+def _alone(call: Call, name: str, others: dict[str, Any]) -> None:
+    for other, x in others.items():
+        if x is not None:
+            call.fail(ConfigError, other, f"a contrast stream together with {name}", "one of the two", f"drop {other}")
 
 
 def normaliser(call: Call, num_items_in_batch: Any) -> None:
@@ -303,7 +338,7 @@ def normaliser(call: Call, num_items_in_batch: Any) -> None:
             call.fail(ShapeError, "num_items_in_batch", describe(x), expected, fix)
         if x.device != call.device and x.device.type != "cpu":
             call.fail(DeviceError, "num_items_in_batch", str(x.device), str(call.device), "move it")
-    elif x is not None and (isinstance(x, bool) or not isinstance(x, (int, float)) or not x >= 0):
+    elif x is not None and not (is_number(x) and x >= 0):
         call.fail(ConfigError, "num_items_in_batch", describe(x), expected, fix)
 
 
@@ -335,6 +370,26 @@ def backend_of(call: Call, backend: str, dtype: torch.dtype) -> str:
         fix = "pass backend='auto', or set TRITON_INTERPRET=1 before importing srpo to run the kernels on a CPU"
         call.fail(KernelUnavailableError, "backend", "'triton'", f"a device with Triton ({reason})", fix)
     return "triton" if reason is None else "torch"
+
+
+def selection(
+    call: Call,
+    completion_ids: Any,
+    completion_mask: Any,
+    cu_seqlens: Any,
+    check_source: Callable[[Layout], int | None],
+) -> tuple[Layout, Tensor, Tensor]:
+    """Return layout, mask and ids; `check_source` checks what log-probs come from, and returns its vocabulary."""
+    if not isinstance(completion_ids, Tensor):
+        call.tensor("completion_ids", completion_ids, [], "[B, T]", "int")
+    layout = layout_of(call, "completion_ids", completion_ids, cu_seqlens)
+    call.tensor("completion_ids", completion_ids, [layout.shape], tokens(layout), "int")
+    vocabulary = check_source(layout)
+    mask = mask_of(call, completion_mask, layout)
+    fix = "mask tokens that are not to be scored"
+    highest = torch.iinfo(torch.int32).max if vocabulary is None else vocabulary - 1
+    call.within("completion_ids", completion_ids, 0, highest, mask, "token ids", fix)
+    return layout, mask.contiguous(), completion_ids.long().contiguous()
 
 
 def tokens(layout: Layout) -> str:

@@ -3,21 +3,48 @@
 Both are frozen and checked when constructed. Tensors never live here.
 """
 
-import math
 import warnings
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from srpo.errors import ConfigError, ConfigWarning
+import torch
+from torch import Tensor
+
+from srpo.errors import ConfigError, ConfigWarning, check_fields, refuse, require
+from srpo.streams import STREAMS
 from srpo_kernels.rules import CreditRule, LossRule
 
 # Beyond these bounds sign-dependent weights drift: method notes in the README, "Choosing bounds".
 _TIGHT_BOUNDS = (0.8, 1.2)
 
 
+class _Ruled:
+    """What the two configs share: the text that carries their settings through the schema of an op.
+
+    It is written once, when the settings are checked: under torch.compile floats may be symbols later. It lies in a
+    slot, so that `vars` of a config holds its settings and nothing else.
+    """
+
+    __slots__ = ("_rule",)
+    _rule: str
+
+    @property
+    def rule(self) -> str:
+        """Return what the ops take."""
+        return self._rule
+
+    def _write_rule(self, kind: type[CreditRule] | type[LossRule]) -> None:
+        values = (getattr(self, name) for name in kind._fields)
+        text = repr(tuple(float(x) if isinstance(x, float) else x for x in values))  # numpy's floats print otherwise
+        object.__setattr__(self, "_rule", text)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), tuple(vars(self).values())
+
+
 @dataclass(frozen=True)
-class CreditConfig:
+class CreditConfig(_Ruled):
     """Hold the settings that turn log-probs of three streams into token weights.
 
     contrast   c = f(base - corrupted) on perception, f(base - ablated) on reasoning tokens, differences clamped
@@ -59,27 +86,17 @@ class CreditConfig:
     strict_finite: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice(self, "contrast_kind", ("logratio", "abs", "k3"))
-        _check_choice(self, "reasoning_signal", ("perception_ablation", "image_independence"))
-        _check_choice(self, "baseline", ("mean", "role_mean", "none"))
-        _check_choice(self, "direction", ("evidence", "advantage"))
-        _check_choice(self, "normalize", ("mean", "none", "solve"))
-        _check_choice(self, "missing_role", ("uniform", "within"))
-        for name, fix in (("tau", "1.0"), ("weight_min", "0.8"), ("weight_max", "1.2"), ("strength", "1.0")):
-            _check_number(self, name, fix)
-        _check_number(self, "contrast_clamp", "20.0")
-        if not isinstance(self.strict_finite, bool):
-            raise ConfigError(_message(self, "strict_finite", "True or False", "False"))
-        _require(self, "tau", self.tau >= 1e-6, "a number of at least 1e-6", "tau=1.0")
+        check_fields(self)
+        require(self, "tau", self.tau >= 1e-6, "a number of at least 1e-6")
         if self.normalize == "solve":
             bracketed = self.weight_min <= 1.0 <= self.weight_max
             name = "weight_min" if self.weight_min > 1.0 else "weight_max"
-            _require(self, name, bracketed, "weight_min <= 1 <= weight_max, or no shift has mean 1", "[0.8, 1.2]")
+            require(self, name, bracketed, "weight_min <= 1 <= weight_max, or no shift has mean 1", "try [0.8, 1.2]")
         ordered = 0.0 < self.weight_min <= self.weight_max
-        _require(self, "weight_min", ordered, "0 < weight_min <= weight_max", "weight_min=0.8, weight_max=1.2")
-        _require(self, "strength", 0.0 <= self.strength <= 1.0, "0 <= strength <= 1", "strength=1.0")
-        _require(self, "contrast_clamp", self.contrast_clamp > 0.0, "a positive number of nats", "contrast_clamp=20.0")
-        _keep_rule(self, CreditRule)
+        require(self, "weight_min", ordered, "0 < weight_min <= weight_max", "try weight_min=0.8, weight_max=1.2")
+        require(self, "strength", 0.0 <= self.strength <= 1.0, "0 <= strength <= 1")
+        require(self, "contrast_clamp", self.contrast_clamp > 0.0, "a positive number of nats")
+        self._write_rule(CreditRule)
         wide = self.weight_min < _TIGHT_BOUNDS[0] or self.weight_max > _TIGHT_BOUNDS[1]
         if self.direction == "advantage" and wide:
             warnings.warn(
@@ -90,20 +107,35 @@ class CreditConfig:
             )
 
     @property
-    def rule(self) -> str:
-        """Return what the ops take."""
-        return self.__dict__["_rule"]
-
-    @property
     def streams(self) -> tuple[str, ...]:
         """Name the contrast streams that these settings read: `"corrupted"`, `"ablated"`, or none."""
         if self.strength == 0.0:
             return ()
         return ("corrupted",) if self.reasoning_signal == "image_independence" else ("corrupted", "ablated")
 
+    def rows(self, stream: str, role_ids: Tensor, mask: Tensor) -> Tensor:
+        """Say which tokens of a contrast stream these settings read: what is scored, and what must have a value.
+
+        Args:
+            stream: `"corrupted"` or `"ablated"`.
+            role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning; or `[N]`.
+            mask: 0/1, in the shape of `role_ids`.
+
+        Returns: bool, in that shape; all False for a stream that is not read.
+
+        Raises: ConfigError for another stream.
+        """
+        check_stream("CreditConfig.rows", stream)
+        if stream not in self.streams:
+            return torch.zeros_like(mask, dtype=torch.bool)
+        reads = role_ids == (1 if stream == "corrupted" else 2)
+        if stream == "corrupted" and self.reasoning_signal == "image_independence":
+            reads = reads | (role_ids == 2)
+        return reads & (mask != 0)
+
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(_Ruled):
     """Hold the settings of the clipped policy loss. Names and defaults are those of TRL's `GRPOConfig`.
 
     Args:
@@ -135,65 +167,26 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.importance_sampling_level == "sequence":
-            raise ConfigError(
-                "LossConfig(): importance_sampling_level got 'sequence', expected 'token' or 'sequence_token': token "
-                "weights with mean 1 cancel under a pure sequence ratio; use 'sequence_token'."
-            )
-        _check_choice(self, "loss_type", ("dapo", "grpo", "bnpo", "dr_grpo", "cispo"))
-        _check_choice(self, "importance_sampling_level", ("token", "sequence_token"))
-        for name, fix in (("epsilon_low", "0.2"), ("epsilon_high", "0.2"), ("beta", "0.0"), ("temperature", "1.0")):
-            _check_number(self, name, fix)
-        if self.delta is not None:
-            _check_number(self, "delta", "None")
-        if self.max_completion_length is not None:
-            _check_number(self, "max_completion_length", "256", integer=True)
-        _require(self, "epsilon_low", 0.0 <= self.epsilon_low <= 1.0, "0 <= epsilon_low <= 1", "epsilon_low=0.2")
-        _require(self, "epsilon_high", self.epsilon_high >= 0.0, "a number of at least 0", "epsilon_high=0.2")
-        _require(self, "delta", self.delta is None or self.delta > 0.0, "None or a positive number", "delta=None")
-        _require(self, "beta", self.beta >= 0.0, "a number of at least 0", "beta=0.0")
-        _require(self, "temperature", self.temperature > 0.0, "a positive number", "temperature=1.0")
-        length = self.max_completion_length
-        _require(self, "max_completion_length", length is None or length > 0, "None or at least 1", "the trainer's own")
-        if self.loss_type == "dr_grpo" and length is None:
-            raise ConfigError(
-                "LossConfig(): max_completion_length got None, expected a positive int for loss_type='dr_grpo' (a "
-                "constant normaliser must not depend on padding); pass the trainer's max_completion_length."
-            )
-        _keep_rule(self, LossRule)
-
-    @property
-    def rule(self) -> str:
-        """Return what the ops take."""
-        return self.__dict__["_rule"]
+            expected = "'token' or 'sequence_token': token weights with mean 1 cancel under a pure sequence ratio"
+            require(self, "importance_sampling_level", False, expected, "use 'sequence_token'")
+        check_fields(self)
+        require(self, "epsilon_low", 0.0 <= self.epsilon_low <= 1.0, "0 <= epsilon_low <= 1")
+        require(self, "epsilon_high", self.epsilon_high >= 0.0, "a number of at least 0")
+        require(self, "delta", self.delta is None or self.delta > 0.0, "None or a positive number")
+        require(self, "beta", self.beta >= 0.0, "a number of at least 0")
+        require(self, "temperature", self.temperature > 0.0, "a positive number")
+        length, fix = self.max_completion_length, "pass the trainer's max_completion_length"
+        require(self, "max_completion_length", length is None or length > 0, "None or at least 1", fix)
+        constant = "a positive int for loss_type='dr_grpo' (a constant normaliser must not depend on padding)"
+        require(self, "max_completion_length", self.loss_type != "dr_grpo" or length is not None, constant, fix)
+        self._write_rule(LossRule)
 
 
-def _keep_rule(config: Any, rule: type) -> None:
-    """Write the settings down as text now: under torch.compile they may be symbols later."""
-    values = (getattr(config, name) for name in rule._fields)
-    text = repr(tuple(float(x) if isinstance(x, float) else x for x in values))  # numpy's floats print otherwise
-    object.__setattr__(config, "_rule", text)
-
-
-def _check_choice(config: Any, name: str, options: tuple[str, ...]) -> None:
-    if getattr(config, name) not in options:
-        raise ConfigError(_message(config, name, f"one of {', '.join(map(repr, options))}", repr(options[0])))
-
-
-def _check_number(config: Any, name: str, fix: str, *, integer: bool = False) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise ConfigError(_message(config, name, "an int" if integer else "a number", fix))
-    if not math.isfinite(value):
-        raise ConfigError(_message(config, name, "a finite number", fix))
-
-
-def _require(config: Any, name: str, holds: bool, expected: str, fix: str) -> None:
-    if not holds:
-        raise ConfigError(_message(config, name, expected, fix))
-
-
-def _message(config: Any, name: str, expected: str, fix: str) -> str:
-    return f"{type(config).__name__}(): {name} got {getattr(config, name)!r}, expected {expected}; try {fix}."
+def check_stream(function: str, stream: Any) -> None:
+    """Refuse what is not the name of a contrast stream."""
+    if stream not in STREAMS:
+        fix = f"pass {STREAMS[0]!r}"
+        refuse(ConfigError, function, "stream", repr(stream), " or ".join(map(repr, STREAMS)), fix)
 
 
 PRESETS: MappingProxyType[str, CreditConfig] = MappingProxyType(

@@ -12,18 +12,27 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, NonFiniteError
+from srpo.streams import STREAMS, Streams, is_not_scored, not_scored
 from srpo_kernels import ops
 from srpo_kernels.layout import Layout
 from srpo_kernels.reference import NO_VALUE
 
 
 class Credit(NamedTuple):
-    """What the credit stage computes: per token `contrast`, `weights`, `flags`; per trajectory `baseline`."""
+    """What the credit stage computes.
+
+    Args:
+        contrast: per token, 0 outside the credit set, NaN where a role of a trajectory has no evidence.
+        weights, flags: per token.
+        baseline: per trajectory.
+        not_scored: 0-d, how many cells were read that nobody had scored.
+    """
 
     contrast: Tensor
     weights: Tensor
     flags: Tensor
     baseline: Tensor
+    not_scored: Tensor
 
 
 def role_contrast(
@@ -55,13 +64,15 @@ def role_contrast(
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns: `[B, T]` fp32 (fp64 for fp64 on the torch backend), 0 outside the credit set. A difference without a
-        value (NaN, or both sides -inf) counts as 0.
+        value (NaN, or both sides -inf) counts as 0; where all differences of a role of a trajectory have none, as in
+        a row without a picture, they are NaN, and `token_weights` takes the role for missing.
 
     Gradient: none.
 
     Memory: a few `[B, T]` tensors.
 
-    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError (`strict_finite`).
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, NonFiniteError (`strict_finite`); ConfigError, also
+        where a cell is read that `score_streams` did not score (it stays NaN where values are not checked).
 
     Source: Jiang & Zou, arXiv 2605.07274.
     """
@@ -71,16 +82,17 @@ def role_contrast(
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
     roles = checks.roles_of(call, role_ids, mask, layout)
-    streams = {"corrupted": corrupted_logps, "ablated": ablated_logps}
+    streams = Streams(corrupted_logps, ablated_logps)
     plain = CreditConfig(
         contrast_kind=credit.contrast_kind,
         reasoning_signal=credit.reasoning_signal,
         contrast_clamp=credit.contrast_clamp,
         strict_finite=credit.strict_finite,
     )
-    checks.contrast_inputs(call, plain, layout, streams, {})
+    checks.contrast_streams(call, plain, layout, roles, mask, streams)
     chosen = checks.backend_of(call, backend, logps.dtype)
-    return run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, **streams).contrast
+    contrast = run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, streams=streams).contrast
+    return torch.where(_read_but_not_scored(plain, roles, mask, streams), not_scored(contrast), contrast)
 
 
 def token_weights(
@@ -100,7 +112,8 @@ def token_weights(
     w <- w / mean of w over the credit set,  w <- 1 + strength * (w - 1)
 
     Args:
-        contrast: `[B, T]` nats, as `role_contrast` returns it. `[N]` with `cu_seqlens`, as all others.
+        contrast: `[B, T]` nats, as `role_contrast` returns it; NaN has no value. `[N]` with `cu_seqlens`, as the
+            others.
         role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
         completion_mask: `[B, T]` 0/1; None means all valid.
         advantages: `[B]` or `[B, T]`; needed with `direction="advantage"`, which reads their sign.
@@ -110,7 +123,8 @@ def token_weights(
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns: `[B, T]` fp32 (fp64 for fp64 on the torch backend): the weight on the credit set, 1 on other valid tokens,
-        0 on masked ones. Exactly 1 where a role is missing (`missing_role`) or all contrasts of a trajectory are equal.
+        0 on masked ones. Exactly 1 where a role is missing (`missing_role`), also for want of a single contrast with a
+        value, or where all contrasts of a trajectory are equal.
 
     Gradient: none.
 
@@ -131,10 +145,13 @@ def token_weights(
     elif credit.direction == "advantage":
         fix = "pass the advantages, or use direction='evidence'"
         call.fail(ConfigError, "advantages", "None", "advantages because direction='advantage'", fix)
+    checks.scored(call, "contrast", contrast, mask & ((roles == 1) | (roles == 2)), "role_contrast reads")
     chosen = checks.backend_of(call, backend, contrast.dtype)
     if credit.strength == 0.0:
         return mask.to(compute_dtype(contrast, chosen))
-    return run_credit(call, layout, mask, roles, advantages, credit, chosen, contrast=contrast).weights
+    weights = run_credit(call, layout, mask, roles, advantages, credit, chosen, contrast=contrast).weights
+    # where values are not checked, a loss that is NaN says what nobody else can
+    return torch.where(mask & ((roles == 1) | (roles == 2)) & is_not_scored(contrast), torch.nan, weights)
 
 
 def token_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
@@ -218,30 +235,32 @@ def run_credit(
     *,
     contrast: Tensor | None = None,
     base: Tensor | None = None,
-    corrupted: Tensor | None = None,
-    ablated: Tensor | None = None,
+    streams: Streams = Streams(),  # noqa: B008 - immutable
 ) -> Credit:
     """Run the credit op on checked arguments; a given `contrast` replaces the three streams."""
     dtype = compute_dtype(base if contrast is None else contrast, backend)
-    result = Credit(
-        *ops.token_credit(
-            as_dtype(contrast, dtype),
-            as_dtype(base, dtype),
-            as_dtype(corrupted, dtype),
-            as_dtype(ablated, dtype),
-            role_ids,
-            mask,
-            as_dtype(advantages, dtype),
-            layout,
-            credit.rule,
-            backend,
-        )
+    of_contrast = (contrast, None, None, None) if contrast is not None else (None, base, *streams)
+    given, base, corrupted, ablated = (as_dtype(x, dtype) for x in of_contrast)
+    signs = as_dtype(advantages, dtype)
+    found, weights, flags, baseline = ops.token_credit(
+        given, base, corrupted, ablated, role_ids, mask, signs, layout, credit.rule, backend
     )
+    lost = mask.new_zeros(()) if call.validates else _read_but_not_scored(credit, role_ids, mask, streams).sum()
+    result = Credit(found, weights, flags, baseline, lost)
     if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
         n = int(((result.flags & NO_VALUE) != 0).sum())
         fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
         call.fail(NonFiniteError, "corrupted_logps or ablated_logps", f"{n} contrasts without a value", "none", fix)
     return result
+
+
+def _read_but_not_scored(credit: CreditConfig, role_ids: Tensor, mask: Tensor, streams: Streams) -> Tensor:
+    """Tell the cells that `credit` reads and nobody scored."""
+    found = torch.zeros_like(mask)
+    for name, x in zip(STREAMS, streams, strict=True):
+        if x is not None:
+            found = found | (credit.rows(name, role_ids, mask) & is_not_scored(x))
+    return found
 
 
 def compute_dtype(x: Tensor | None, backend: str = "torch") -> torch.dtype:

@@ -1,8 +1,15 @@
 """The typed errors and warnings of `srpo`.
 
 Each error is also the built-in exception it resembles, so `except ValueError` keeps working. A message says what was
-called, which argument, what it got, what it expected, and one fix.
+called, which argument, what it got, what it expected, and one fix: `refuse` is the one place that writes it.
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, TypeGuard, get_args, get_origin
+
+from torch import Tensor
 
 
 class SRPOError(Exception):
@@ -43,3 +50,60 @@ class IncompatibleVersionError(SRPOError, ImportError):
 
 class ConfigWarning(UserWarning):
     """A setting that is legal and known to go wrong."""
+
+
+def refuse(error: type[SRPOError], function: str, argument: str, got: str, expected: str, fix: str) -> NoReturn:
+    """Raise `error` with the house message: what was called, which argument, what it got, what fits, and one fix."""
+    raise error(f"{function}(): {argument} got {got}, expected {expected}; {fix}.")
+
+
+def describe(x: Any) -> str:
+    """Return dtype and shape of a tensor, or type and value of anything else."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}"[:80]
+
+
+def is_int(x: Any) -> TypeGuard[int]:
+    """Say whether `x` is a Python int; a bool is none."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> TypeGuard[float]:
+    """Say whether `x` is a finite Python number; a bool is none."""
+    return (is_int(x) or isinstance(x, float)) and math.isfinite(x)
+
+
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda x: isinstance(x, bool), "True or False"),
+    int: (is_int, "an int"),
+    float: (is_number, "a finite number"),
+    int | None: (lambda x: x is None or is_int(x), "None or an int"),
+    float | None: (lambda x: x is None or is_number(x), "None or a finite number"),
+}
+
+
+def check_fields(settings: Any) -> None:
+    """Check each field of a settings dataclass against its annotation: choices, numbers, flags, None where allowed.
+
+    Raises: ConfigError, which proposes the default.
+    """
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), field.type
+        if get_origin(hint) is Literal:
+            expected = "one of " + ", ".join(map(repr, get_args(hint)))
+            require(settings, field.name, isinstance(value, str) and value in get_args(hint), expected)
+        elif hint in _KINDS:
+            fits, expected = _KINDS[hint]
+            require(settings, field.name, fits(value), expected)
+
+
+def require(settings: Any, name: str, holds: bool, expected: str, fix: str = "") -> None:
+    """Refuse the value of a field of a settings dataclass unless a condition holds.
+
+    Raises: ConfigError, which proposes `fix`, or the default.
+    """
+    if not holds:
+        default = next(field.default for field in fields(settings) if field.name == name)
+        fix = fix or f"try {name}={default!r}"
+        refuse(ConfigError, type(settings).__name__, name, repr(getattr(settings, name))[:80], expected, fix)

@@ -1,6 +1,7 @@
 """The loss and the log-probs from hidden states and the vocabulary head: logits `[B, T, V]` never exist."""
 
 import functools
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +11,9 @@ from srpo import checks
 from srpo.config import CreditConfig, LossConfig
 from srpo.credit import as_dtype, compute_dtype
 from srpo.loss import SelectedLogps
-from srpo.stage import LossOutput, Stage, check_selection, rows_read
+from srpo.request import check_request
+from srpo.stage import LossOutput, finish, loss_terms, weigh
+from srpo.streams import Streams
 from srpo_kernels import head_ops
 from srpo_kernels.layout import Layout
 
@@ -29,6 +32,7 @@ def role_weighted_grpo_loss_from_hidden(
     corrupted_hidden: Tensor | None = None,
     ablated_hidden: Tensor | None = None,
     weights: Tensor | None = None,
+    contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
@@ -60,7 +64,7 @@ def role_weighted_grpo_loss_from_hidden(
         bias: `[V]` of the head.
         corrupted_hidden: as `hidden`, in place of `corrupted_logps`: only rows of the role are multiplied, no gradient.
         ablated_hidden: as `hidden`, in place of `ablated_logps`.
-        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, old_logps, ref_logps,
+        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, contrast, old_logps, ref_logps,
             importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
             `role_weighted_grpo_loss`.
         workspace_bytes: what the logits of a chunk and their gradient may take. None: 768 rows on a CPU; elsewhere
@@ -84,45 +88,50 @@ def role_weighted_grpo_loss_from_hidden(
     """
     call = checks.Call("role_weighted_grpo_loss_from_hidden", hidden, "hidden", validate_values)
     checks.configs(call, credit, loss)
-    stage = Stage(call, credit, loss, backend, hidden.dtype)
-    run = _head_settings(call, stage.backend, loss.temperature, workspace_bytes, process_group)
+    chosen = checks.backend_of(call, backend, hidden.dtype)
+    head = _head_settings(call, chosen, loss.temperature, workspace_bytes, process_group)
     check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
-    layout, mask, ids = check_selection(call, completion_ids, completion_mask, cu_seqlens, check_head)
-    stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
-    checks.normaliser(call, num_items_in_batch)
-    contrasts = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-    live = {"corrupted": corrupted_hidden, "ablated": ablated_hidden}
-    stage.check_contrasts(contrasts, live, lambda name, x: checks.hidden_of(call, name, x, layout, hidden), "hidden")
+    layout, mask, ids = checks.selection(call, completion_ids, completion_mask, cu_seqlens, check_head)
+    request = check_request(
+        call, layout, mask, credit, loss, chosen,
+        advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
+        streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
+        live=Streams(corrupted_hidden, ablated_hidden), live_kind="hidden",
+        check_live=lambda name, x: checks.hidden_of(call, name, x, layout, hidden),
+    )  # fmt: skip
 
-    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
-    learns = mask & (stage.advantages != 0)
+    states, weight, bias = _autocast(hidden, lm_head_weight, bias)
+    learns = mask & (request.advantages != 0)
     reached = mask if loss.beta != 0.0 else mask & layout.spread(layout.token_counts(learns) > 0)
-    needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
-    weighs_first = not stage.streams or old_logps is not None
-    if needs or not weighs_first:  # what is not scored gets no credit: its weight would meet an advantage of 0
-        stage.role_ids = torch.where(reached, stage.role_ids, 0)
+    weighs_first = not request.reads or old_logps is not None
+    if request.scores or not weighs_first:  # what is not scored gets no credit: its weight would meet an advantage of 0
+        request = replace(request, role_ids=torch.where(reached, request.role_ids, 0))
     depends_on_row = weighs_first and loss.importance_sampling_level == "token" and loss.beta == 0.0
     rows = learns if depends_on_row else reached
+    streams = request.streams
     with torch.no_grad():
-        for stream, states in needs.items():
-            read = rows_read(stream, stage.role_ids, mask, credit)
-            contrasts[stream], _ = _logps(_autocast(states)[0], lm_head_weight, bias, ids, read, layout, False, **run)
+        for name, live in request.scores.items():
+            read = credit.rows(name, request.role_ids, mask)
+            scored, _ = _logps(_autocast(live)[0], weight, bias, ids, read, layout, False, **head)
+            streams = streams._replace(**{name: scored})
 
-    nothing = torch.zeros(layout.shape, dtype=compute_dtype(hidden, stage.backend), device=call.device)
-    found = stage.weigh(nothing, contrasts) if weighs_first else None
-    known_weights, role_ids, streams = found[0] if found else None, None, [None, None]
-    if not weighs_first:
-        role_ids, streams = stage.role_ids, [as_dtype(x, nothing.dtype) for x in contrasts.values()]
-    old, ref, ratio, per_token, *_, scale = stage.terms(nothing, num_items_in_batch)
+    nothing = torch.zeros(layout.shape, dtype=compute_dtype(states, chosen), device=call.device)
+    weighed = weigh(request, nothing, streams) if weighs_first else None
+    terms = loss_terms(request, nothing if weighed is None else weighed.weights)
+    of_credit = (None, None, None)
+    if weighed is None:
+        terms = terms._replace(weights=None)
+        of_credit = (request.role_ids, *(as_dtype(x, nothing.dtype) for x in streams))
     anchor, logps, entropy = head_ops.linear_head_training(
-        _batched(layout, hidden), lm_head_weight, bias, _batched(layout, ids), _batched(layout, rows),
-        old, ref, ratio, per_token, known_weights, mask, scale, role_ids, *streams, cu_seqlens,
-        loss_rule=loss.rule, credit_rule=credit.rule, **run,
+        _batched(layout, states), weight, bias, _batched(layout, ids), _batched(layout, rows), *terms, *of_credit,
+        cu_seqlens, loss_rule=loss.rule, credit_rule=credit.rule, **head,
     )  # fmt: skip
     logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
-    weights, credited = found or stage.weigh(logps, contrasts)
+    weighed = weighed or weigh(request, logps, streams)
+    old = terms.old_logps
     shown = logps if old is None else torch.where(rows, logps, old.detach())  # a row that was skipped has ratio 1
-    out = stage.finish(shown, entropy, weights, credited, num_items_in_batch, rows)
+    out = finish(request, shown, entropy, weighed, rows)
     # not out._replace(...): Dynamo of torch 2.11 cannot rebuild what that makes
     return LossOutput(out.loss + anchor, logps, out.weights, out.entropy, out.metrics)
 
@@ -208,7 +217,7 @@ def selected_logps_from_hidden(
     chosen = checks.backend_of(call, backend, hidden.dtype)
     run = _head_settings(call, chosen, temperature, workspace_bytes, process_group)
     check_head = functools.partial(_check_head, call, hidden, lm_head_weight, bias, process_group)
-    layout, valid, ids = check_selection(call, completion_ids, mask, one, check_head)
+    layout, valid, ids = checks.selection(call, completion_ids, mask, one, check_head)
     hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     logps, entropy = _logps(hidden, lm_head_weight, bias, ids, valid, layout, return_entropy, **run)
     return SelectedLogps(logps, entropy) if return_entropy else logps

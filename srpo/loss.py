@@ -9,7 +9,9 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
 from srpo.errors import ConfigError
-from srpo.stage import LossOutput, Stage, check_selection, rows_read
+from srpo.request import check_request
+from srpo.stage import LossOutput, run
+from srpo.streams import Streams
 from srpo_kernels import ops
 
 
@@ -32,6 +34,7 @@ def role_weighted_grpo_loss(
     corrupted_logits: Tensor | None = None,
     ablated_logits: Tensor | None = None,
     weights: Tensor | None = None,
+    contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
@@ -60,6 +63,8 @@ def role_weighted_grpo_loss(
         corrupted_logits: as `logits`, in place of `corrupted_logps`; only rows of the role are read, no gradient.
         ablated_logits: as `logits`, in place of `ablated_logps`.
         weights: `[B, T]`, at least 0; replace the credit stage.
+        contrast: `[B, T]` nats, in place of the streams: a contrast of your own goes through the credit stage, read on
+            both roles; NaN has no value.
         old_logps: `[B, T]` nats of the policy that made the rollout; None: on-policy, the ratio is exactly 1.
         ref_logps: `[B, T]` nats of the reference model; needed when `loss.beta` is not 0.
         importance_sampling_ratio: `[B, T]` or `[B, 1]`, multiplies the policy term; NaN counts as 1.
@@ -86,37 +91,39 @@ def role_weighted_grpo_loss(
     """
     call = checks.Call("role_weighted_grpo_loss", logits, "logits", validate_values)
     checks.configs(call, credit, loss)
-    stage = Stage(call, credit, loss, backend, logits.dtype)
+    chosen = checks.backend_of(call, backend, logits.dtype)
     check_logits = functools.partial(checks.logits_of, call, "logits", logits)
-    layout, mask, ids = check_selection(call, completion_ids, completion_mask, cu_seqlens, check_logits)
-    stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
-    checks.normaliser(call, num_items_in_batch)
-    given = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-    live = {"corrupted": corrupted_logits, "ablated": ablated_logits}
-    V = logits.shape[-1]
-    stage.check_contrasts(given, live, lambda name, x: checks.logits_of(call, name, x, layout, V))
+    layout, mask, ids = checks.selection(call, completion_ids, completion_mask, cu_seqlens, check_logits)
+    request = check_request(
+        call, layout, mask, credit, loss, chosen,
+        advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
+        streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
+        live=Streams(corrupted_logits, ablated_logits),
+        check_live=lambda name, x: checks.logits_of(call, name, x, layout, logits.shape[-1]),
+    )  # fmt: skip
     if inplace_backward:
         _check_inplace(call, logits)
 
-    needs = {s: x for s, x in live.items() if x is not None and s in stage.streams}
-    row_masks = [mask, *(rows_read(s, stage.role_ids, mask, credit) for s in needs)]
+    live = request.scores
+    row_masks = [mask, *(credit.rows(name, request.role_ids, mask) for name in live)]
     padded = layout.cu_seqlens is None
-    streams = {s: x if padded else x[None] for s, x in needs.items()}
+    streams = {name: x.detach() if padded else x.detach()[None] for name, x in live.items()}
     logps, _, _, entropy = ops.row_statistics(
         logits if padded else logits[None],
         ids if padded else ids[None],
         torch.stack([m if padded else m[None] for m in row_masks]),
-        corrupted_logits=_detached(streams.get("corrupted")),
-        ablated_logits=_detached(streams.get("ablated")),
+        corrupted_logits=streams.get("corrupted"),
+        ablated_logits=streams.get("ablated"),
         temperature=loss.temperature,
         return_entropy=True,
         inplace_backward=inplace_backward,
-        backend=stage.backend,
+        backend=chosen,
     )
     if not padded:
         logps, entropy = logps[:, 0], entropy[0]
-    contrasts = given | {s: logps[k + 1].detach() for k, s in enumerate(needs)}
-    return stage.run(logps[0], entropy.detach(), contrasts, num_items_in_batch)
+    scored = request.streams._replace(**{name: logps[k + 1].detach() for k, name in enumerate(live)})
+    return run(request, logps[0], entropy.detach(), scored)
 
 
 def role_weighted_grpo_loss_from_logps(
@@ -128,6 +135,7 @@ def role_weighted_grpo_loss_from_logps(
     corrupted_logps: Tensor | None = None,
     ablated_logps: Tensor | None = None,
     weights: Tensor | None = None,
+    contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
@@ -145,7 +153,7 @@ def role_weighted_grpo_loss_from_logps(
     Args:
         logps: `[B, T]` nats of the completion tokens under the current policy, with the temperature applied.
         advantages: `[B]` or `[B, T]`.
-        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, old_logps, ref_logps,
+        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, contrast, old_logps, ref_logps,
             importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
             `role_weighted_grpo_loss`.
 
@@ -161,15 +169,17 @@ def role_weighted_grpo_loss_from_logps(
     """
     call = checks.Call("role_weighted_grpo_loss_from_logps", logps, "logps", validate_values)
     checks.configs(call, credit, loss)
-    stage = Stage(call, credit, loss, backend, logps.dtype)
+    chosen = checks.backend_of(call, backend, logps.dtype)
     layout = checks.layout_of(call, "logps", logps, cu_seqlens)
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
-    stage.check(layout, mask, advantages, role_ids, weights, old_logps, ref_logps, importance_sampling_ratio)
-    checks.normaliser(call, num_items_in_batch)
-    contrasts = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-    stage.check_contrasts(contrasts, {})
-    return stage.run(logps, None, contrasts, num_items_in_batch)
+    request = check_request(
+        call, layout, mask, credit, loss, chosen,
+        advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
+        streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
+    )  # fmt: skip
+    return run(request, logps, None, request.streams)
 
 
 @overload
@@ -232,7 +242,7 @@ def selected_logps(
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
     one = torch.arange(2, device=logits.device) * completion_ids.numel() if packed else None
     check_logits = functools.partial(checks.logits_of, call, "logits", logits)
-    layout, valid, ids = check_selection(call, completion_ids, mask, one, check_logits)
+    layout, valid, ids = checks.selection(call, completion_ids, mask, one, check_logits)
     chosen = checks.backend_of(call, backend, logits.dtype)
     logps, _, _, entropy = ops.row_statistics(
         logits[None] if packed else logits,
@@ -252,7 +262,3 @@ def _check_inplace(call: checks.Call, logits: Tensor) -> None:
         got = "True with expanded logits" if overlaps else "True with leaf logits"
         fix = "drop inplace_backward, or pass the output of the head itself"
         call.fail(ConfigError, "inplace_backward", got, "logits that an op computed and nothing else needs", fix)
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()

@@ -4,20 +4,25 @@ Sums of several micro-batches or ranks add up: `total = a + b`, or all-reduce `s
 waits for the device, until a name is looked up.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from srpo.credit import Credit
+from srpo.errors import ConfigWarning
 from srpo_kernels.layout import Layout
 from srpo_kernels.reference import AT_LOWER_BOUND, AT_UPPER_BOUND, NO_VALUE
 
 _ROLES = ("perception", "reasoning")
 _SIGNS = ("negative", "zero", "positive")
-_CELL_SUMS = ("n", "contrast", "contrast_squared", "clipped", "weight", "weight_squared")
+_CELL_SUMS = ("n", "valued", "contrast", "contrast_squared", "clipped", "weight", "weight_squared")
 _CELLS = [f"{role}/{sign}" for role in _ROLES for sign in _SIGNS]
 _LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage", "rows")
-_CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", *(f"{c}/{s}" for c in _CELLS for s in _CELL_SUMS))
+_CELL_KEYS = tuple(f"{cell}/{name}" for cell in _CELLS for name in _CELL_SUMS)
+_CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", "not_scored", *_CELL_KEYS)
 
 
 class MetricSums(Mapping[str, Tensor]):
@@ -50,10 +55,15 @@ class MetricSums(Mapping[str, Tensor]):
         return len(self._scalars())
 
     def floats(self) -> dict[str, float]:
-        """Return every metric as a Python float; the one call here that waits for the device."""
+        """Return every metric as a Python float; the one call here that waits for the device.
+
+        Warns: ConfigWarning, once, where the credit read cells that nobody had scored.
+        """
         named = self._scalars()
-        values = torch.stack(list(named.values())).tolist()
-        return dict(zip(named, values, strict=True))
+        values = dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+        if values.get("srpo/cells_not_scored", 0.0) > 0.0:
+            _warn_not_scored()
+        return values
 
     def _scalars(self) -> dict[str, Tensor]:
         s = dict(zip((*_LOSS_KEYS, *_CREDIT_KEYS), self.sums.unbind(), strict=False))
@@ -83,17 +93,19 @@ def _credit_scalars(s: dict[str, Tensor]) -> dict[str, Tensor]:
         "srpo/baseline": s["baseline"] / s["weighted_sequences"],
         "srpo/uniform_fraction": 1.0 - s["weighted_sequences"] / s["sequences"].clamp(min=1),
         "srpo/contrasts_without_value": s["no_value"],
+        "srpo/cells_not_scored": s["not_scored"],
     }
     for role in _ROLES:
         total = {k: sum((s[f"{role}/{sign}/{k}"] for sign in _SIGNS), s["tokens"] * 0) for k in _CELL_SUMS}
         named[f"srpo/{role}/length"] = total["n"] / s["sequences"].clamp(min=1)
         named[f"srpo/{role}/weight_mean"] = total["weight"] / total["n"]
+        named[f"srpo/{role}/evidence_fraction"] = total["valued"] / total["n"]
         for sign in ("positive", "negative"):
             cell = {k: s[f"{role}/{sign}/{k}"] for k in _CELL_SUMS}
-            mean = cell["contrast"] / cell["n"]
+            mean = cell["contrast"] / cell["valued"]
             named[f"srpo/{role}/{sign}/contrast_mean"] = mean
             named[f"srpo/{role}/{sign}/contrast_std"] = (
-                (cell["contrast_squared"] / cell["n"] - mean * mean).clamp(min=0).sqrt()
+                (cell["contrast_squared"] / cell["valued"] - mean * mean).clamp(min=0).sqrt()
             )
             named[f"srpo/{role}/{sign}/weight_mean"] = cell["weight"] / cell["n"]
             named[f"srpo/{role}/{sign}/clip_fraction"] = cell["clipped"] / cell["n"]
@@ -121,22 +133,35 @@ def loss_sums(
     return torch.stack([x.double() for x in totals]).detach()
 
 
-def credit_sums(
-    contrast: Tensor, weights: Tensor, flags: Tensor, baseline: Tensor, role_ids: Tensor, mask: Tensor, sign: Tensor
-) -> Tensor:
-    """Return the sums of the credit stage, in the order of `_CREDIT_KEYS`. float64, so squares do not cancel."""
+def credit_sums(credit: Credit, role_ids: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
+    """Return the sums of the credit stage, in the order of `_CREDIT_KEYS`. float64, so squares do not cancel.
+
+    A role without evidence in its trajectory (no picture, no perception) has contrasts that are NaN: they count in the
+    length and the weights of the role, not in its contrasts.
+    """
     cells = torch.stack(
-        [mask & (role_ids == role) & (sign.sign() == s) for role in (1, 2) for s in (-1, 0, 1)]
+        [mask & (role_ids == role) & (advantages.sign() == s) for role in (1, 2) for s in (-1, 0, 1)]
     ).flatten(1)
-    c, w = contrast.double().flatten(), weights.double().flatten()
-    clipped = ((flags & (AT_LOWER_BOUND | AT_UPPER_BOUND)) != 0).double().flatten()
-    features = torch.stack([torch.ones_like(c), c, c * c, clipped, w, w * w], -1)
-    has_baseline = ~baseline.isnan()
-    head = torch.stack(
-        [
-            torch.where(has_baseline, baseline, 0.0).double().sum(),
-            has_baseline.sum().double(),
-            ((flags & NO_VALUE) != 0).sum().double(),
-        ]
+    valued = ~credit.contrast.isnan().flatten()
+    c = torch.where(valued, credit.contrast.double().flatten(), 0.0)
+    w = credit.weights.double().flatten()
+    clipped = ((credit.flags & (AT_LOWER_BOUND | AT_UPPER_BOUND)) != 0).double().flatten()
+    features = torch.stack([torch.ones_like(c), valued.double(), c, c * c, clipped, w, w * w], -1)
+    has_baseline = ~credit.baseline.isnan()
+    head = (
+        torch.where(has_baseline, credit.baseline, 0.0).double().sum(),
+        has_baseline.sum().double(),
+        ((credit.flags & NO_VALUE) != 0).sum().double(),
+        credit.not_scored.double(),
     )
-    return torch.cat([head, (cells.double() @ features).flatten()]).detach()
+    return torch.cat([torch.stack(head), (cells.double() @ features).flatten()]).detach()
+
+
+@functools.cache
+def _warn_not_scored() -> None:
+    message = (
+        "srpo: the credit read cells of a contrast stream that nobody had scored; they count as no value. Likely "
+        "causes: streams scored for another credit (pass the same credit= to score_streams), for other role_ids or "
+        "another mask, or rows that were permuted in between. srpo/cells_not_scored counts them (said once)."
+    )
+    warnings.warn(message, ConfigWarning, stacklevel=3)

@@ -116,11 +116,12 @@ def token_credit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` (uint8), all `[R, T]`, and `baseline` `[R]` of padded trajectories.
 
-    A given `contrast` is used as it is; without it the contrast comes from the log-probs of the streams. `baseline` is
-    the mean contrast over the credit set, NaN where a trajectory got weight 1 because it lacks a role.
+    A given `contrast` is used as it is; without it the contrast comes from the log-probs of the streams. A contrast
+    without a value is 0; where all of a role of a trajectory have none, the role is missing there and `contrast` is
+    NaN. `baseline` is the mean contrast over the credit set, NaN where a trajectory got weight 1 because it lacks a
+    role.
     """
     perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
-    credited = perception | reasoning
     if contrast is None:
         one_pass = rule.reasoning_signal == "image_independence"
         raw = base - (corrupted if one_pass else torch.where(perception, corrupted, ablated))
@@ -128,7 +129,9 @@ def token_credit(
             raw = torch.where(reasoning, -raw, raw)
     else:
         raw = contrast.where(~contrast.isinf(), contrast.sign() * rule.contrast_clamp)
-    no_value = credited & raw.isnan()
+    no_value = (perception | reasoning) & raw.isnan()
+    perception, reasoning = (x & (x & ~no_value).any(-1, keepdim=True) for x in (perception, reasoning))
+    credited = perception | reasoning
     c = torch.where(credited & ~no_value, raw, torch.zeros_like(raw))
     if contrast is None:
         d = c.clamp(-rule.contrast_clamp, rule.contrast_clamp)
@@ -160,6 +163,7 @@ def token_credit(
         w = 1.0 + rule.strength * (w - 1.0)
     w = torch.where(weighted, w, mask.to(w.dtype))
     flags = AT_LOWER_BOUND * (low & weighted) + AT_UPPER_BOUND * (high & weighted) + NO_VALUE * no_value
+    c = c.masked_fill(no_value & ~credited, torch.nan)
     return c, w, flags.to(torch.uint8), mean.masked_fill(lacking, torch.nan).squeeze(-1)
 
 

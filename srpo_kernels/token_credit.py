@@ -118,7 +118,7 @@ def _token_credit_fwd_kernel(
     tau, strength, clamp = tl.cast(tau, tl.float32), tl.cast(strength, tl.float32), tl.cast(clamp, tl.float32)
     weight_min, weight_max = tl.cast(weight_min, tl.float32), tl.cast(weight_max, tl.float32)
 
-    n_p, n_r, sum_p, sum_r = 0.0, 0.0, 0.0, 0.0
+    n_p, n_r, sum_p, sum_r, valued_p, valued_r = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     smallest, largest = float("inf"), float("-inf")
     for first in range(start, end, BLOCK_T):
         tokens = first + tl.arange(0, BLOCK_T)
@@ -134,8 +134,15 @@ def _token_credit_fwd_kernel(
         n_r += tl.sum(tl.where(role == 2, 1.0, 0.0), 0)
         sum_p += tl.sum(tl.where(role == 1, c, 0.0), 0)
         sum_r += tl.sum(tl.where(role == 2, c, 0.0), 0)
-        smallest = tl.minimum(smallest, tl.min(tl.where(role != 0, c, float("inf")), 0))
-        largest = tl.maximum(largest, tl.max(tl.where(role != 0, c, float("-inf")), 0))
+        valued_p += tl.sum(tl.where((role == 1) & (no_value == 0), 1.0, 0.0), 0)
+        valued_r += tl.sum(tl.where((role == 2) & (no_value == 0), 1.0, 0.0), 0)
+        smallest = tl.minimum(smallest, tl.min(tl.where((role != 0) & (no_value == 0), c, float("inf")), 0))
+        largest = tl.maximum(largest, tl.max(tl.where((role != 0) & (no_value == 0), c, float("-inf")), 0))
+    # a role none of whose contrasts has a value is missing; beside others that have one, no value counts as 0
+    has_zeros = ((valued_p > 0.0) & (valued_p < n_p)) | ((valued_r > 0.0) & (valued_r < n_r))
+    smallest = tl.where(has_zeros, tl.minimum(smallest, 0.0), smallest)
+    largest = tl.where(has_zeros, tl.maximum(largest, 0.0), largest)
+    n_p, n_r = tl.where(valued_p > 0.0, n_p, 0.0), tl.where(valued_r > 0.0, n_r, 0.0)
     n = n_p + n_r
     mean = (sum_p + sum_r) / tl.maximum(n, 1.0)
     baseline_p, baseline_r = mean, mean
@@ -152,7 +159,12 @@ def _token_credit_fwd_kernel(
     tl.debug_barrier()
     for first in range(start, end, BLOCK_T):
         tokens = first + tl.arange(0, BLOCK_T)
-        role = tl.load(flags_ptr + tokens, mask=tokens < end, other=0) & 3
+        flags = tl.load(flags_ptr + tokens, mask=tokens < end, other=0)
+        role = flags & 3
+        missing = ((role == 1) & (valued_p == 0.0)) | ((role == 2) & (valued_r == 0.0))
+        role = tl.where(missing, 0, role)
+        tl.store(contrast_ptr + tokens, float("nan"), mask=missing)
+        tl.store(flags_ptr + tokens, (flags & NO_VALUE).to(tl.uint8), mask=missing)
         c = tl.load(contrast_ptr + tokens, mask=role != 0, other=0.0)
         u = (c - tl.where(role == 1, baseline_p, baseline_r)) / tau
         if SIGNED:

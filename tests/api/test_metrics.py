@@ -71,11 +71,21 @@ def test_trajectories_without_a_role_and_contrasts_without_a_value_are_counted(b
     roles = batch.role_ids.clone()
     roles[0] = 1
     corrupted = batch.corrupted_logps.clone()
-    row, column = (batch.valid & (roles == 1)).nonzero()[-1].tolist()
-    corrupted[row, column] = torch.nan
+    perceives = batch.valid & (roles == 1)
+    row = int((perceives.sum(dim=1) * (roles == 2).any(dim=1)).argmax())  # of several tokens: the role is still there
+    corrupted[row, int(perceives[row].nonzero()[0])] = torch.nan
     got = run(batch.replace(role_ids=roles, corrupted_logps=corrupted), backend).metrics.floats()
     assert got["srpo/uniform_fraction"] == pytest.approx(1 / 6)
     assert got["srpo/contrasts_without_value"] == 1.0
+    assert got["srpo/perception/evidence_fraction"] == 1.0
+
+    corrupted[row, perceives[row]] = torch.nan  # now the role is missing
+    got = run(batch.replace(role_ids=roles, corrupted_logps=corrupted), backend)
+    named, n = got.metrics.floats(), int(perceives.sum())
+    assert named["srpo/uniform_fraction"] == pytest.approx(2 / 6)
+    assert named["srpo/contrasts_without_value"] == int(perceives[row].sum())
+    assert named["srpo/perception/evidence_fraction"] == pytest.approx(1 - int(perceives[row].sum()) / n)
+    assert (got.weights[row] == batch.valid[row]).all()
 
 
 def test_sums_of_micro_batches_add_up(backend):
