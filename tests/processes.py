@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import poison
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -60,6 +61,7 @@ def run_in_group(
 
 def _child(rank: int, file: str, name: str, world: int, directory: str) -> None:
     torch.set_num_threads(1)
+    poison.install()
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreter_guard
 
