@@ -2,13 +2,13 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from processes import run_python
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -341,8 +341,7 @@ def test_results_do_not_depend_on_the_number_of_workers(model):
 
 @pytest.mark.slow
 def test_the_quick_run(tmp_path):
-    command = [sys.executable, "benchmarks/learn_grounding.py", "--quick", "--json", str(tmp_path / "quick.json")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    run = run_python("benchmarks/learn_grounding.py", "--quick", "--json", tmp_path / "quick.json")
     assert run.returncode == 0, run.stdout + run.stderr
     assert all(
         c["outcome"] == checks.OK for c in json.loads((tmp_path / "quick.json").read_text())["gradient"]["checks"]

@@ -7,8 +7,6 @@ import ast
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +15,7 @@ import triton
 from compiled import mutants
 from compiled.cases import CASES, RUNS
 from conftest import INTERPRETED
+from processes import run_python
 
 from srpo import role_weighted_grpo_loss
 
@@ -30,12 +29,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def survey(tmp_path_factory):
     """All rows, variants and mutants. The compile cache is new, so nothing comes from an older compiler."""
     cache = tmp_path_factory.mktemp("triton_cache")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    environment = {name: None for name in os.environ if name.startswith("TRITON_")} | {"TRITON_CACHE_DIR": str(cache)}
 
     def run(options):
-        command = [sys.executable, "-m", "compiled.survey", "--targets", *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run_python("-m", "compiled.survey", "--targets", *options, **environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
