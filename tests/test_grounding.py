@@ -193,7 +193,8 @@ class TestGradient:
         assert low < value < high < 1.0
 
     def test_the_same_seed_gives_the_same_numbers(self, model):
-        parts = torch.stack([gradient.objective_part(model, k) for k in range(2)])
+        with mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4):
+            parts = torch.stack([gradient.objective_part(model, k) for k in range(2)])
         twice = [gradient.measure(model, 0.5, parts, 2, 9) for _ in range(2)]
         other = gradient.measure(model, 0.5, parts, 2, 10)
         for a, b, c in zip(*twice, other, strict=True):
