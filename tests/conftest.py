@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import hypothesis
+import poison
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ if INTERPRETED:
 
     interpreter_guard.install()
 
+poison.install()
 torch.set_num_threads(1)  # tensors here are tiny: waking a second thread costs more than it saves
 
 _common = {

@@ -1,10 +1,11 @@
-"""Run a function in several processes that form a gloo group on this machine."""
+"""Other processes: Python on this checkout, and a function in several that form a gloo group on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,34 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import poison
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parents[1]
+HANG = 1800.0  # seconds: no machine is busy enough to need them
+
+
+def run_python(
+    *arguments: object, paths: tuple[Path, ...] = (), **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root of this checkout and return what it said, whatever it returned.
+
+    `paths`, this checkout and its tests come first where modules are looked for, so that it is this copy that runs.
+    A variable that is None is taken out of the environment.
+    """
+    path = (*paths, ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, path))), **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={name: value for name, value in variables.items() if value is not None},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG,
+    )
 
 
 @dataclass(frozen=True)
@@ -33,9 +59,7 @@ class GroupRun:
         return [torch.load(file, weights_only=True) for file in files]
 
 
-def run_in_group(
-    function: Callable[[], Iterator[tuple[str, Any]]], world: int, directory: Path, seconds: float = 120.0
-) -> GroupRun:
+def run_in_group(function: Callable[[], Iterator[tuple[str, Any]]], world: int, directory: Path) -> GroupRun:
     """Run a generator of names and results on every rank. A group that hangs is killed; what it has yielded stays.
 
     The function must be a module-level function of a file that children can execute again. Ranks meet in a file of
@@ -43,11 +67,11 @@ def run_in_group(
     """
     arguments = (inspect.getfile(function), function.__name__, world, str(directory))
     group = mp.start_processes(_child, arguments, nprocs=world, join=False, start_method="spawn")
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + HANG
     error = ""
     try:
         while not error and not group.join(timeout=1.0):
-            error = f"more than {seconds} s" if time.monotonic() > deadline else ""
+            error = f"more than {HANG} s" if time.monotonic() > deadline else ""
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
         error = str(failure)
     finally:
@@ -60,6 +84,7 @@ def run_in_group(
 
 def _child(rank: int, file: str, name: str, world: int, directory: str) -> None:
     torch.set_num_threads(1)
+    poison.install()
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreter_guard
 
@@ -69,7 +94,7 @@ def _child(rank: int, file: str, name: str, world: int, directory: str) -> None:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     store = (Path(directory) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=HANG))
     for result_name, result in getattr(module, name)():
         torch.save(result, Path(directory) / f"{result_name}.{rank}.pt")
     dist.destroy_process_group()

@@ -2,14 +2,14 @@
 
 import json
 import pathlib
-import subprocess
 import sys
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from processes import run_python
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -120,18 +120,20 @@ class TestMeters:
         del many
         assert measure.peak_memory(lambda: [torch.ones(1 << 14) for _ in range(512)], CPU) == pytest.approx(32, abs=8)
 
-    def test_times_are_interleaved_and_in_milliseconds(self):
-        order = []
+    def test_times_are_interleaved_and_in_milliseconds(self, monkeypatch):
+        order, now = [], [0.0]
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
 
-        def wait(name: str, seconds: float) -> None:
+        def work(name: str, seconds: list[float]) -> None:
             order.append(name)
-            time.sleep(seconds)
+            now[0] += seconds[order.count(name) - 1]
 
-        results = measure.measure({"a": lambda: wait("a", 0.02), "b": lambda: wait("b", 0.001)}, CPU, 4)
+        durations = {"a": [0.5, 0.25, 0.75, 0.5, 0.0], "b": [0.125] * 5}  # the last for the memory; exact in binary
+        calls = {name: lambda name=name: work(name, durations[name]) for name in durations}
+        results = measure.measure(calls, CPU, 4)
         assert order[:8] == ["a", "b"] * 4
-        assert 20 <= results["a"].median < 200
-        assert results["a"].p20 <= results["a"].median <= results["a"].p80
-        assert results["b"].median < results["a"].median
+        assert (results["a"].p20, results["a"].median, results["a"].p80) == pytest.approx((400, 500, 600))
+        assert (results["b"].p20, results["b"].median, results["b"].p80) == (125, 125, 125)
 
     def test_rounds_end_with_their_time_but_not_before_three(self):
         calls = []
@@ -144,9 +146,9 @@ def results(tmp_path_factory) -> pathlib.Path:
     """What one real run writes."""
     path = tmp_path_factory.mktemp("results") / "cpu.json"
     names = ["eager", "TRL", "Liger", "torch cross entropy", "srpo", "off-by-one"]
-    arguments = ["--shape", "2", "8", "301", "48", "--repeats", "2", "--provider", *names, "--json", str(path)]
-    command = [sys.executable, "benchmarks/bench_loss.py", *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    arguments = ["--shape", "2", "8", "301", "48", "--repeats", "2", "--provider", *names, "--json", path]
+    run = run_python("benchmarks/bench_loss.py", *arguments)
+    assert run.returncode == 0, run.stderr
     assert "off-by-one: not timed: gradient is" in run.stdout
     return path
 

@@ -2,10 +2,10 @@
 
 import ast
 import pathlib
-import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("triton", "transformers", "trl", "matplotlib", "liger_kernel", "rich", "sklearn", "PIL")
@@ -67,8 +67,8 @@ def test_imports_go_one_way(path):
 
 def test_importing_srpo_loads_nothing_heavy():
     code = f"import sys, srpo; print([m for m in {HEAVY} if m in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert output.strip() == "[]"
+    run = run_python("-c", code)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_the_torch_backend_works_without_triton():
@@ -81,5 +81,5 @@ def test_the_torch_backend_works_without_triton():
         "try: srpo.selected_logps(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), backend='triton')\n"
         "except srpo.KernelUnavailableError as error: print(error)\n"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert "Triton is not installed" in output
+    run = run_python("-c", code)
+    assert "Triton is not installed" in run.stdout, run.stderr

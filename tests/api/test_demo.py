@@ -1,8 +1,6 @@
 """The demo's model, task, streams and command line."""
 
 import io
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 from rich.console import Console
 
 import srpo
@@ -35,7 +34,6 @@ from srpo.demo.task import (
     with_completions,
 )
 
-ROOT = pathlib.Path(__file__).parents[2]
 CELL = PATCH * MERGE
 
 
@@ -293,15 +291,7 @@ def test_a_batch_without_any_roles_can_be_printed(vlm: TinyVLM, monkeypatch: pyt
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "srpo", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "TRITON_INTERPRET": "0", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=90,
-    )
+    return run_python("-m", "srpo", *arguments, COLUMNS="80", TRITON_INTERPRET="0", **environment)
 
 
 def test_the_demo_runs():
@@ -370,6 +360,6 @@ def test_env_names_versions_device_and_backend(monkeypatch: pytest.MonkeyPatch):
 def test_env_needs_none_of_the_optional_packages():
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in (*DEMO_PACKAGES, "trl", "liger_kernel"))
     code = f"import sys; {blocked}; from srpo.__main__ import main; sys.exit(main(['env']))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
     assert "backend" in result.stdout

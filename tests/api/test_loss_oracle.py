@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import oracles
@@ -175,7 +176,7 @@ def test_random_batches_from_logps(backend, device, batch, credit, loss, on_poli
     temperature=st.sampled_from([0.7, 1.0, 1.3]),
 )
 def test_random_batches_from_logits(backend, device, batch, credit, loss, on_policy, temperature):
-    loss = LossConfig(**{**vars(loss), "temperature": temperature})
+    loss = dataclasses.replace(loss, temperature=temperature)
     check_against_oracle(batch, backend, device, credit=credit, loss=loss, entry="logits", on_policy=on_policy)
 
 

@@ -1,8 +1,6 @@
 """Role parsing against a character-level oracle, on tokenizers that cut tags in every way."""
 
 import gc
-import subprocess
-import sys
 import time
 import weakref
 from functools import cache
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -440,9 +439,9 @@ def test_a_large_batch_takes_well_under_a_second(name: str) -> None:
     ids = torch.tensor(tokenizer.encode(" ".join(CORPUS), add_special_tokens=False))
     batch = ids.repeat(64 * 2048 // len(ids) + 1)[: 64 * 2048].view(64, 2048)
     assert role_ids_from_completions(batch, tokenizer).parsed.all()
-    start = time.perf_counter()
+    start = time.process_time()
     role_ids_from_completions(batch, tokenizer)
-    assert time.perf_counter() - start < 0.8
+    assert time.process_time() - start < 0.8
 
 
 @pytest.mark.parametrize(
@@ -458,9 +457,9 @@ def test_a_large_batch_takes_well_under_a_second(name: str) -> None:
 )
 def test_hostile_text_takes_linear_time(pieces: list[str]) -> None:
     ids, tokenizer = spell(*pieces)
-    start = time.perf_counter()
+    start = time.process_time()
     role_ids_from_completions(ids, tokenizer)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 # ---- shapes, dtypes and errors ----
@@ -542,4 +541,4 @@ def test_bad_grammar(fields: dict) -> None:
 
 def test_parsing_roles_does_not_load_transformers() -> None:
     code = "import sys, srpo.roles; sys.exit(any(name in sys.modules for name in ('transformers', 'tokenizers')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0

@@ -118,13 +118,14 @@ def hidden_log_probs(shape: Shape, entropy: bool = False) -> None:
 
 
 def hidden_loss(shape: Shape, **options) -> None:
-    """Run the loss from hidden states; without `old_logps` a chunk holds whole trajectories."""
+    """Run the loss from hidden states in chunks of `rows`; without `old_logps` a chunk holds whole trajectories."""
     zeros = shape.tokens(torch.float32)
     role_weighted_grpo_loss_from_hidden(
         *head(shape), shape.tokens(torch.int64), zeros + 1, role_ids=shape.tokens(torch.int64, 1),
         completion_mask=shape.tokens(torch.int64, 1), corrupted_logps=zeros, ablated_logps=zeros,
         old_logps=zeros if options.pop("old", False) else None, loss=LossConfig(**shape.settings),
-        workspace_bytes=4 * 6 * shape.V, validate_values=False, backend="triton", **shape.packing(),
+        workspace_bytes=6 * options.pop("rows", 4) * shape.V, validate_values=False, backend="triton",
+        **shape.packing(),
     ).loss.backward()  # fmt: skip
 
 
@@ -215,7 +216,7 @@ RUNS: dict[str, Callable[[Shape], None]] = {
     "packed": lambda shape: loss(as_packed(shape)),
     "entropy gradient": lambda shape: log_probs(shape, entropy=True),
     "few rows": lambda shape: split(loss, shape, "none"),
-    "hidden": hidden_loss,
+    "hidden": lambda shape: hidden_loss(shape, rows=64),  # few chunks: their products are computed
     "hidden, log-probs": hidden_log_probs,
 }
 

@@ -93,6 +93,17 @@ INTERPRETED = {
     "rows in int32": replace(COMPILED["rows in int32"], breaks=("OverflowError",)),
 }
 
+# Cells that nobody writes, which fresh memory hides behind its zeros: poisoned memory must show them.
+UNWRITTEN = {
+    "largest logit of a row": Mutant("row_statistics", (("tl.store(row_max_ptr + cell, row_max)", "pass"),), ()),
+    "loss of a trajectory": Mutant("policy_loss", (("tl.store(loss_ptr + trajectory, loss * scale)", "pass"),), ()),
+    "gradient of skipped rows": Mutant(
+        "row_statistics",
+        (("tl.zeros([BLOCK_V], tl.float32), mask=cols < V", "tl.zeros([BLOCK_V], tl.float32), mask=cols < 0"),),
+        (),
+    ),
+}
+
 
 @contextmanager
 def installed(mutant: Mutant, folder: str | pathlib.Path) -> Iterator[None]:
@@ -116,7 +127,7 @@ def installed(mutant: Mutant, folder: str | pathlib.Path) -> Iterator[None]:
 
 
 def _write(mutant: Mutant, folder: pathlib.Path) -> str:
-    package = f"mutant_{uuid.uuid4().hex}"
+    package = f"srpo_mutant_{uuid.uuid4().hex}"
     (folder / package).mkdir()
     for path in pathlib.Path(srpo_kernels.__file__).parent.glob("*.py"):
         text = path.read_text()

@@ -7,8 +7,6 @@ import ast
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +15,7 @@ import triton
 from compiled import mutants
 from compiled.cases import CASES, RUNS
 from conftest import INTERPRETED
+from processes import run_python
 
 from srpo import role_weighted_grpo_loss
 
@@ -30,12 +29,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def survey(tmp_path_factory):
     """All rows, variants and mutants. The compile cache is new, so nothing comes from an older compiler."""
     cache = tmp_path_factory.mktemp("triton_cache")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    environment = {name: None for name in os.environ if name.startswith("TRITON_")} | {"TRITON_CACHE_DIR": str(cache)}
 
     def run(options):
-        command = [sys.executable, "-m", "compiled.survey", "--targets", *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run_python("-m", "compiled.survey", "--targets", *options, **environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -139,6 +136,14 @@ def test_the_interpreter_bites(name, tmp_path):
     assert all(rule in message for rule in mutant.breaks), message
 
 
+@pytest.mark.parametrize("name", mutants.UNWRITTEN)
+def test_poisoned_memory_bites(name, tmp_path, device):
+    """A cell that nobody wrote is NaN in what a call returns."""
+    assert masked_rows(device).isfinite().all()
+    with mutants.installed(mutants.UNWRITTEN[name], tmp_path):
+        assert masked_rows(device).isnan().any()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="on CPU tensors")
 @pytest.mark.parametrize("call", ["near_rows", "far_rows"])
 def test_the_real_kernels_pass_what_the_mutants_fail(call):
@@ -151,6 +156,15 @@ def near_rows():
         torch.full((2, 6, 130), 0.5, dtype=torch.bfloat16, requires_grad=True), torch.zeros(2, 5).long(), torch.ones(2),
         role_ids=roles, corrupted_logps=zeros, ablated_logps=zeros, backend="triton",
     ).loss.backward()  # fmt: skip
+
+
+def masked_rows(device):
+    """Return the loss and the gradient of a batch with a masked token, as one vector."""
+    logits = torch.full((2, 6, 130), 0.5, device=device, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]], device=device)
+    ids, advantages = torch.zeros(2, 5, dtype=torch.long, device=device), torch.ones(2, device=device)
+    loss = role_weighted_grpo_loss(logits, ids, advantages, completion_mask=mask, backend="triton").loss
+    return torch.cat([loss.detach()[None], *torch.autograd.grad(loss, logits)[0].flatten(0, 1)])
 
 
 def far_rows():

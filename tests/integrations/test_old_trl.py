@@ -1,28 +1,22 @@
 """The same tests with an older TRL, and what a TRL that is too old says. Both are installed beside the environment."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from srpo.integrations.trl import TESTED
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
 def with_trl(version: str, folder: Path, *command: str) -> subprocess.CompletedProcess:
     """Run Python with another TRL first on its path."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"trl=={version}"]
-    installed = subprocess.run(install, capture_output=True, text=True, check=False)
+    installed = run_python("-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"trl=={version}")
     if installed.returncode:
         pytest.skip(f"trl {version} cannot be installed here: {installed.stderr[-300:]}")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")])}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500
-    )
+    return run_python(*command, paths=(folder,))
 
 
 @pytest.mark.parametrize("version", TESTED[:-1])

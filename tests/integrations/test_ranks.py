@@ -88,7 +88,7 @@ def on_two_ranks() -> Iterator[tuple[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Any:
     folder: pathlib.Path = tmp_path_factory.mktemp("ranks")
-    return run_in_group(on_two_ranks, 2, folder, seconds=100.0)
+    return run_in_group(on_two_ranks, 2, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from processes import run_python
 from tiny_grpo import Rollouts, column, make_trainer
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
@@ -19,7 +18,6 @@ from srpo import METHODS, PRESETS, Blank, ConfigError, CreditConfig, Incompatibl
 from srpo.integrations import trl as integration
 from srpo.integrations.trl import TESTED, SRPOConfig, SRPOTrainer, check_trl
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore:.*:UserWarning:trl"),
@@ -312,15 +310,11 @@ class TestRanks:
     )
     def test_two_processes_are_one(self, family, truncated, tmp_path):
         script = str(Path(__file__).parent / "one_grpo_run.py")
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
         results = []
         for world in (1, 2):
             out = tmp_path / f"{world}.pt"
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
-            command = [sys.executable, *launch, script, str(out), family, str(truncated)]
-            run = subprocess.run(
-                command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
-            )
+            run = run_python(*launch, script, out, family, truncated, OMP_NUM_THREADS="1")
             assert run.returncode == 0, run.stderr[-3000:]
             results.append(torch.load(out, weights_only=True))
         one, two = results

@@ -1,20 +1,16 @@
 """The demo in TRL's trainer: its processor makes what the demo's own loop makes, and runs are logged and printed."""
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 from rich.console import Console
 
 from srpo.demo import trainer as trl_demo
 from srpo.demo.task import FAMILIES, TinyVLM, build_tiny_vlm, draw_examples, model_inputs
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -48,9 +44,8 @@ def test_two_steps_of_every_family(vlm, tmp_path):
 
 
 def test_the_command():
-    command = [sys.executable, "-m", "srpo", "demo", "--trainer", "trl", "--steps", "3"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "default"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    arguments = ("-m", "srpo", "demo", "--trainer", "trl", "--steps", "3")
+    run = run_python(*arguments, PYTHONIOENCODING="utf-8", PYTHONWARNINGS="default")
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.split() for line in run.stdout.splitlines()]
     steps = [line for line in lines if line[:1] in (["1-1"], ["2-2"], ["3-3"])]

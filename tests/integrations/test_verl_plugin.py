@@ -1,6 +1,5 @@
 """The plugin in a verl of a few lines, and, slow, in verl itself."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -9,6 +8,7 @@ import tomllib
 from typing import Any
 
 import pytest
+from processes import run_python
 
 from srpo import ConfigError
 from srpo.settings import CreditSettings
@@ -113,10 +113,8 @@ def write_site(site: pathlib.Path, files: dict[str, str]) -> None:
 
 
 def python(site: pathlib.Path, *arguments: str, more: pathlib.Path | None = None) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(map(str, (site, *([more] if more else []), ROOT, ROOT / "tests")))
-    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=settings, timeout=170)
+    paths = (site, more) if more else (site,)
+    return run_python(*arguments, paths=paths, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
 
 
 class TestPlugin:
@@ -211,10 +209,7 @@ class TestVerlConfig:
 
 def install(site: pathlib.Path, *packages: str) -> None:
     """Install packages as they are, or skip the test."""
-    try:
-        done = python(site, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site), *packages)
-    except subprocess.TimeoutExpired:
-        pytest.skip("the packages of verl do not arrive within minutes")
+    done = python(site, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site), *packages)
     if done.returncode:
         pytest.skip(f"verl cannot be installed here: {re.sub(r'[a-z]+://[^ ]+', '<address>', done.stderr)[-300:]}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import warnings
 
 import pytest
@@ -264,6 +265,21 @@ def test_remembered_dtypes_tell_pointers_blocks_and_scalars_apart():
         for _ in range(2):
             assert interpreter._get_np_dtype(element).name == name
             assert interpreter._get_np_dtype(tl.block_type(element, [4])).name == name
+
+
+def test_frames_of_a_launch_stay_together():
+    """At no depth of the stack does a loop of calls pay a page fault a call."""
+    lengths, out = torch.tensor([50], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+    def faults_at(depth: int) -> int:
+        if depth:
+            return faults_at(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        _runtime_range_kernel[(1,)](lengths, out)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_at(0)
+    assert max(min(faults_at(depth) for _ in range(3)) for depth in range(200)) < 50
 
 
 def test_results_reach_views_of_shared_storage():

@@ -1,27 +1,22 @@
 """The ops of the vocabulary head: schemas, compile, chunks and groups of rows, memory and the number of products."""
 
-import warnings
+import contextlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_checks import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
-from srpo_kernels import head_ops
+from srpo_kernels import linear_head
 from srpo_kernels.linear_head import Head
 from srpo_kernels.loss_terms import LossTerms
 from srpo_kernels.rules import credit_rule, loss_rule
 
 CREDIT, LOSS = CreditConfig().rule, LossConfig(beta=0.04).rule
 SEQUENCE = LossConfig(importance_sampling_level="sequence_token")
-
-
-def opcheck(op, arguments, keywords=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its own test utilities
-        torch.library.opcheck(op, arguments, keywords or {})
 
 
 def head_inputs(B=2, T=3, V=7, H=5, bias=True, dtype=torch.float32, device="cpu"):
@@ -67,8 +62,8 @@ def test_opcheck_gradient(backend, bias, entropy):
 @pytest.mark.parametrize("weighs_first", [False, True])
 @pytest.mark.parametrize("wants", [[True, True, True], [True, False, False], [False, True, False], [False] * 3])
 def test_opcheck_training(monkeypatch, backend, wants, weighs_first):
-    """Backward scales the gradients where they lie, as only autograd holds them; opcheck compares them afterwards."""
-    monkeypatch.setattr(head_ops, "_saved_tensors_are_needed_again", lambda: True)
+    """In a graph that is kept: otherwise backward scales the gradients where they lie, and opcheck compares those."""
+    monkeypatch.setattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     hidden, weight, shift, ids = head_inputs(bias=wants[2])
     for x, wanted in zip((hidden, weight, shift), wants, strict=True):
         if x is not None:
@@ -291,24 +286,16 @@ def test_a_trajectory_larger_than_the_workspace(level, packed, rows):
 
 
 class Inside(TorchDispatchMode):
-    """See the PyTorch operations that run inside the ops of the head: new storages, and the matrix products."""
+    """See PyTorch operations: new storages, and the matrix products of the head."""
 
     def __init__(self):
         super().__init__()
         self.sizes: list[int] = []  # elements of each new storage
         self.multiplied = 0  # operations of the matrix products
-        self.entered = False
+        self.in_the_head = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        namespace, name = function.name().split("::")
-        name = name.split(".")[0]
-        if namespace == "srpo" and name.startswith("linear_head"):
-            self.entered = True
-            with self:
-                out = getattr(head_ops, f"_{name}")._init_fn(*args, **kwargs)
-            self.entered = False
-            return out
         out = function(*args, **kwargs)
         tensors = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)]
         known = {x.data_ptr() for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)}
@@ -317,13 +304,35 @@ class Inside(TorchDispatchMode):
             storage = x.untyped_storage()
             if storage.data_ptr() not in known:
                 self.sizes.append(storage.nbytes() // x.element_size())
-        if self.entered and name in ("mm", "matmul", "addmm", "addmm_"):
+        if self.in_the_head and function.name().split("::")[1].split(".")[0] in ("mm", "matmul", "addmm", "addmm_"):
             a, b = args[-2:]
             self.multiplied += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return out
 
     def of_size(self, elements: int) -> int:
         return sum(size >= elements for size in self.sizes)
+
+
+@contextlib.contextmanager
+def watch():
+    """Watch the block and, where a dispatch mode does not reach by itself, what the ops of the head run."""
+    inside = Inside()
+
+    def watched(function):
+        def run(*arguments):
+            inside.in_the_head = True
+            with inside:
+                out = function(*arguments)
+            inside.in_the_head = False
+            return out
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("score", "gradient", "train"):
+            patch.setattr(linear_head, name, watched(getattr(linear_head, name)))
+        with inside:
+            yield inside
 
 
 SIZES = {  # V, rows of the workspace, B, T: a workspace that no buffer of the CPU path exceeds
@@ -338,7 +347,7 @@ def watched(backend, device, B, T, V, rows, *, entry="loss", frozen=False, **arg
     if frozen:
         weight.requires_grad_(False)
     arguments |= {"bias": bias, "backend": backend, "workspace_bytes": rows * V * 4, "validate_values": False}
-    with Inside() as inside:
+    with watch() as inside:
         if entry == "loss":
             advantages = arguments.pop("advantages", torch.ones(B, device=device))
             out = role_weighted_grpo_loss_from_hidden(hidden, weight, ids, advantages, **arguments)
@@ -398,7 +407,7 @@ def test_the_number_of_operations(backend, device, frozen):
     assert watched(*shape, 5, frozen=frozen, completion_mask=mask, advantages=zeros).multiplied == training * 7 * unit
     any_loss = watched(*shape, 5, entry="logps", frozen=frozen, mask=mask).multiplied
     assert any_loss == (2 + training) * 11 * unit
-    with torch.no_grad(), Inside() as inside:
+    with torch.no_grad(), watch() as inside:
         hidden, weight, _, ids = head_inputs(B, T, V, H, device=device)
         role_weighted_grpo_loss_from_hidden(hidden, weight, ids, zeros, backend=backend)
     assert inside.multiplied == 2 * 8 * unit

@@ -1,12 +1,12 @@
 """The registered ops: schemas, fake kernels, autograd, compile; and the twins against the kernels."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from op_checks import opcheck
 from strategies import make_batch
 from tolerances import assert_close_to_truth
 
@@ -16,12 +16,6 @@ from srpo_kernels.device import clipped_surrogate
 from srpo_kernels.layout import Layout
 
 CREDIT, LOSS = CreditConfig().rule, LossConfig(beta=0.04)
-
-
-def opcheck(op, arguments):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its own test utilities
-        torch.library.opcheck(op, arguments)
 
 
 def logits_and_ids(V=130, **options):

@@ -1,35 +1,60 @@
 """The CPU path's own machinery: which rows it visits, on which threads, in which memory."""
 
-import os
 import pathlib
 import re
+import threading
 
 import pytest
 import torch
 
-from srpo_kernels import row_chunks
+from srpo_kernels import reference, row_chunks
 
-ROW_BYTES = 128 << 10  # a run of one such row is worth its own op
-SHORT_ROW_BYTES = 4 << 10  # of these it takes sixteen
+# Vocabularies by the bytes of a row: a run of one long row is worth its own op, of short ones it takes sixteen.
+LONG_ROWS, SHORT_ROWS = 32 << 10, 1 << 10
 
 
-@pytest.mark.parametrize("row_bytes", [ROW_BYTES, SHORT_ROW_BYTES])
+@pytest.fixture
+def chunks(monkeypatch):
+    """The rows of logits that each call of the reference gets."""
+    seen = []
+    plain = reference.row_sums
+
+    def spy(x, *rest):
+        seen.append(x)
+        return plain(x, *rest)
+
+    monkeypatch.setattr(reference, "row_sums", spy)
+    return seen
+
+
+def numbered_rows(mask, V):
+    """Logits of which each row holds its own number, in memory for one number a row."""
+    numbers = torch.arange(mask.numel(), dtype=torch.float32).view(*mask.shape, 1)
+    return numbers.expand(*mask.shape, V)
+
+
+@pytest.mark.parametrize("V", [LONG_ROWS, SHORT_ROWS])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.95, 1.0])
-def test_chunks_visit_every_active_row_once_and_in_order(share, row_bytes):
+def test_chunks_visit_every_active_row_once_and_in_order(chunks, share, V):
     mask = torch.rand(3, 101, generator=torch.Generator().manual_seed(0)) < share
     mask[1, 40:90] = share > 0.0
-    chunks = list(row_chunks._Rows(mask).chunks(16, row_bytes))
-    visited = [(c.b, t) for c in chunks for t in torch.arange(101)[c.rows].tolist()]
-    assert visited == [tuple(x) for x in mask.nonzero().tolist()]
-    assert [t for c in chunks for t in range(c.place.start, c.place.stop)] == list(range(int(mask.sum())))
-    assert all(0 < c.place.stop - c.place.start <= 16 for c in chunks)
+    logits, ids = numbered_rows(mask, V), torch.zeros(mask.shape, dtype=torch.long)
+    logps, row_max, *_ = row_chunks.row_statistics(logits, ids, mask, 1.0, False)
+    assert [int(n) for x in chunks for n in x[:, 0]] == mask.flatten().nonzero().flatten().tolist()
+    assert all(0 < len(x) <= (2 << 20) // (4 * V) for x in chunks)
+    assert torch.equal(row_max, torch.where(mask, logits[..., 0], 0.0))
+    assert torch.equal(logps != 0, mask)
 
 
-def test_rows_are_gathered_only_where_runs_are_short():
+def test_rows_are_gathered_only_where_runs_are_short(chunks):
     mask = torch.ones(1, 64, dtype=torch.bool)
     mask[0, 5::7] = False
-    assert all(isinstance(c.rows, slice) for c in row_chunks._Rows(mask).chunks(16, ROW_BYTES))
-    assert all(isinstance(c.rows, torch.Tensor) for c in row_chunks._Rows(mask).chunks(16, SHORT_ROW_BYTES))
+    for V, gathered in ((LONG_ROWS, False), (SHORT_ROWS, True)):
+        logits, ids = numbered_rows(mask, V), torch.zeros(mask.shape, dtype=torch.long)
+        chunks.clear()
+        row_chunks.row_statistics(logits, ids, mask, 1.0, False)
+        copied = [x.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr() for x in chunks]
+        assert copied == [gathered] * len(chunks)
 
 
 @pytest.mark.parametrize("V", [40, 20000])
@@ -52,17 +77,22 @@ def test_scattered_rows_give_what_contiguous_ones_give(V):
     assert torch.equal(torch.where(mask[..., None], grads[0], 0.0), grads[1])
 
 
-def test_ops_in_the_worker_threads_are_serial():
-    before = torch.get_num_threads()
+def test_ops_in_the_worker_threads_are_serial(monkeypatch):
+    before, plain = torch.get_num_threads(), reference.row_sums
+    seen = []
+
+    def spy(*arguments):
+        torch.randn(1 << 18).sum()  # the first parallel op of a thread is what used to undo its setting
+        seen.append((torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+        return plain(*arguments)
+
+    monkeypatch.setattr(reference, "row_sums", spy)
     torch.set_num_threads(2)
     try:
-        workers = row_chunks._workers(2, os.getpid())
-
-        def threads_of_an_op(_: int) -> int:
-            torch.randn(1 << 18).sum()  # the first parallel op of a thread is what used to undo its setting
-            return torch.get_num_threads()
-
-        assert list(workers.map(threads_of_an_op, range(4))) == [1] * 4
+        mask = torch.ones(4, 16, dtype=torch.bool)
+        ids = torch.zeros(mask.shape, dtype=torch.long)
+        row_chunks.row_statistics(numbered_rows(mask, LONG_ROWS), ids, mask, 1.0, False)
+        assert seen == [(1, False)] * 4
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,10 +1,7 @@
 """Corruption of pictures: equal before and after the processor, whole cells, reproducible, geometry kept."""
 
 import json
-import pathlib
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import run_python
 from tiny_vlms import FAMILIES, MERGED_PATCH, picture
 
 from srpo import ConfigError, DtypeError, ShapeError
 from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 
-ROOT = pathlib.Path(__file__).parents[2]
 CORRUPTIONS = [
     PatchMask(),
     PatchMask(probability=0.3, cell=16, fill="grey"),
@@ -255,8 +252,8 @@ def test_same_result_in_another_process_without_heavy_imports():
         "outs = [c.on_inputs({'pixel_values': pixels}, layout, generator=7)['pixel_values'] for c in corruptions]\n"
         "digests = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in outs]\n"
     )
-    command = [sys.executable, "-c", code + "print(json.dumps([digests, heavy]))"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    run = run_python("-c", code + "print(json.dumps([digests, heavy]))")
+    assert run.returncode == 0, run.stderr
     here: dict = {}
     exec(code, here)
     assert json.loads(run.stdout) == [here["digests"], []]

@@ -51,7 +51,7 @@ def sharded_and_whole() -> Iterator[tuple[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Any:
     folder: pathlib.Path = tmp_path_factory.mktemp("sharded")
-    return run_in_group(sharded_and_whole, 2, folder, seconds=100.0)
+    return run_in_group(sharded_and_whole, 2, folder)
 
 
 @pytest.mark.parametrize("reshard", [True, False])
