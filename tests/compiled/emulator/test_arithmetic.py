@@ -65,3 +65,9 @@ def test_exp2_at_its_edges():
     moved = arithmetic.exp2(floats(9999, -20, 5), True, 2)
     again = arithmetic.exp2(floats(9999, -20, 5), True, 0)
     assert moved.shape == again.shape
+
+
+def test_bytes_are_permuted_and_signs_spread():
+    a, b = np.array([0x33221180], np.uint32), np.array([0x77665544], np.uint32)
+    for selector, wanted in ((0x3210, 0x33221180), (0x7531, 0x77553311), (0x0008, 0x808080FF), (0x9840, 0x00FF4480)):
+        assert arithmetic.permute_bytes(a, b, np.array(selector, np.uint32)).tolist() == [wanted]
