@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+BLOCKS_PER_CHUNK = 4  # of a row: lanes are reduced once a chunk, and few rows are split into chunks
 TOKENS_PER_BLOCK = 1024
 TOKEN_WARPS = 4
 
@@ -53,7 +54,7 @@ def _block(vocabulary: int, largest: int) -> tuple[int, int]:
 
 def split_rows(n_rows: int, device: torch.device) -> bool:
     """Say whether rows are too few to fill the device, so that a row is worth several programs."""
-    return device.type == "cuda" and n_rows < 2 * _multiprocessors(device.index or 0)
+    return device.type == "cuda" and n_rows < 4 * _multiprocessors(device.index or 0)
 
 
 @functools.cache

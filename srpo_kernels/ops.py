@@ -84,7 +84,7 @@ def _logits_gradient(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    out = row_chunks.in_huge_pages(torch.empty_like(logits))
+    out = row_chunks.in_huge_pages(_empty_like_rows(logits))
     backends.logits_gradient(
         out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend=backend
     )
@@ -93,6 +93,14 @@ def _logits_gradient(
 
 @_logits_gradient.register_fake
 def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend):
+    return _empty_like_rows(logits)
+
+
+def _empty_like_rows(logits: Tensor) -> Tensor:
+    """Return memory for a gradient; that of rows cut from wider ones keeps their stride, on which wide stores depend."""
+    B, L, V = logits.shape
+    if logits.stride() == (L * logits.stride(1), logits.stride(1), 1) and logits.stride(1) > V:
+        return logits.new_empty(B, L, logits.stride(1))[..., :V]
     return torch.empty_like(logits)
 
 

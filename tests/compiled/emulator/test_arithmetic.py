@@ -71,3 +71,14 @@ def test_bytes_are_permuted_and_signs_spread():
     a, b = np.array([0x33221180], np.uint32), np.array([0x77665544], np.uint32)
     for selector, wanted in ((0x3210, 0x33221180), (0x7531, 0x77553311), (0x0008, 0x808080FF), (0x9840, 0x00FF4480)):
         assert arithmetic.permute_bytes(a, b, np.array(selector, np.uint32)).tolist() == [wanted]
+
+
+def test_fields_of_bits_keep_their_sign():
+    a = np.array([0x7FFF00F0, -1, 0x00000080, -256], np.int32)
+    for start, n, wanted in (
+        (4, 4, [-1, -1, -8, 0]),
+        (0, 8, [-16, -1, -128, 0]),
+        (3, 0, [0] * 4),
+        (30, 4, [1, -1, 0, -1]),
+    ):
+        assert arithmetic.signed_field(a, np.uint32(start), np.uint32(n)).tolist() == wanted
