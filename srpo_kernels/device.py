@@ -30,7 +30,7 @@ def _halves(x):
 
 @triton.jit
 def _fold(x, k: tl.constexpr, VECTOR: tl.constexpr):
-    """Split the columns of a block in two: the first folds part neighbours, until vectors are gone, the others halves."""
+    """Split the columns of a block in two: neighbours in the first folds, until vectors are gone, then halves."""
     if 2**k < VECTOR:
         return _neighbours(x)
     else:
@@ -51,11 +51,13 @@ def _vector_sums(x, subtracted, scale, HAS_ENTROPY: tl.constexpr, VECTOR: tl.con
         a, b = _neighbours(x)
         z_a = (tl.reshape(a, [a.shape[0] // LANES, LANES]) - subtracted[None, :]) * scale
         z_b = (tl.reshape(b, [b.shape[0] // LANES, LANES]) - subtracted[None, :]) * scale
-        e_a, e_b = tl.exp2(z_a), tl.exp2(z_b)
-        total, weighted = e_a + e_b, 0.0
+        e_b, weighted = tl.exp2(z_b), 0.0
         if HAS_ENTROPY:
-            weighted = tl.fma(e_a, tl.maximum(z_a, FLOOR), e_b * tl.maximum(z_b, FLOOR))
-        return total, weighted
+            weighted = e_b * tl.maximum(z_b, FLOOR)
+        e_a = tl.exp2(z_a)
+        if HAS_ENTROPY:
+            weighted = tl.fma(e_a, tl.maximum(z_a, FLOOR), weighted)
+        return e_a + e_b, weighted
     else:
         a, b = _neighbours(x)
         total_a, weighted_a = _vector_sums(a, subtracted, scale, HAS_ENTROPY, VECTOR // 2)
@@ -75,7 +77,7 @@ def _sum_of_halves(x):
 
 @triton.jit
 def add_block(lane_max, lane_sum, lane_weighted, x, scale, HAS_ENTROPY: tl.constexpr, VECTOR: tl.constexpr):
-    """Add a block of logits to the statistics of its lanes: (max, sum of e, sum of e * z), z = (x - max) * scale, e = 2^z.
+    """Add a block of logits to its lanes' (max, sum of e, sum of e * z), z = (x - max) * scale, e = 2^z.
 
     A lane is what one thread has of a block that is loaded `VECTOR` columns at a time. The order of its sum is written
     out, so that no bit depends on how wide the loads really are, and on which thread columns land on. The maximum is
@@ -87,9 +89,9 @@ def add_block(lane_max, lane_sum, lane_weighted, x, scale, HAS_ENTROPY: tl.const
         block_max = tl.maximum(a, b)
     new_max = tl.maximum(lane_max, block_max)
     subtracted = _finite(new_max)
-    block_sum, weighted = _vector_sums(x, subtracted, scale, HAS_ENTROPY, VECTOR)
     shift = tl.maximum((lane_max - subtracted) * scale, FLOOR)
     factor = tl.exp2(shift)
+    block_sum, weighted = _vector_sums(x, subtracted, scale, HAS_ENTROPY, VECTOR)
     if HAS_ENTROPY:
         lane_weighted = tl.fma(tl.fma(lane_sum, shift, lane_weighted), factor, _sum_of_halves(weighted))
     return new_max, tl.fma(lane_sum, factor, _sum_of_halves(block_sum)), lane_weighted

@@ -97,10 +97,11 @@ def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperat
 
 
 def _empty_like_rows(logits: Tensor) -> Tensor:
-    """Return memory for a gradient; that of rows cut from wider ones keeps their stride, on which wide stores depend."""
+    """Return memory for a gradient; rows cut from slightly wider ones keep their stride: wide stores need it."""
     B, L, V = logits.shape
-    if logits.stride() == (L * logits.stride(1), logits.stride(1), 1) and logits.stride(1) > V:
-        return logits.new_empty(B, L, logits.stride(1))[..., :V]
+    width = logits.stride(1)
+    if logits.stride(2) == 1 and V < width <= V + V // 8:
+        return logits.new_empty(B, L, width)[..., :V]
     return torch.empty_like(logits)
 
 

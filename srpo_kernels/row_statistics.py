@@ -75,6 +75,12 @@ def _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _column_of_id(target_id, V):
+    """Return an id as int32; one outside the vocabulary is in no column."""
+    return tl.where((target_id >= 0) & (target_id < V), target_id, -1).to(tl.int32)
+
+
+@triton.jit
 def _chunk_statistics(
     row_ptr, x, first, last, end, stride_v, target_id, target, scale,
     HAS_ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
@@ -96,7 +102,7 @@ def _chunk_statistics(
         )
         # The target comes out of the sweep itself: the same memory value as the sum's, and no second read.
         if (target_id >= start) & (target_id < tl.minimum(start + BLOCK_V, whole_last)):
-            target = pick_column(values, (target_id - start).to(tl.int32), VECTOR)
+            target = pick_column(values, target_id - start, VECTOR)
         x = following
     chunk_max, chunk_sum, weighted = reduce_lanes(lane_max, lane_sum, lane_weighted, scale)
     if HAS_EDGE and whole_last < last:
@@ -152,7 +158,7 @@ def _row_statistics_fwd_kernel(
     )  # fmt: skip
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     scale = inv_temperature * LOG2E
-    target_id = tl.load(ids_ptr + row)
+    target_id = _column_of_id(tl.load(ids_ptr + row), V)
     target = tl.cast(float("nan"), tl.float32)  # of an id outside the vocabulary
     row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
     end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
@@ -193,7 +199,7 @@ def _row_chunks_fwd_kernel(
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
     scale = tl.cast(inv_temperature, tl.float32) * LOG2E
-    target_id = tl.load(ids_ptr + row)
+    target_id = _column_of_id(tl.load(ids_ptr + row), V)
     first = chunk * CHUNK_V
     last = tl.minimum(first + CHUNK_V, V)
     end = _whole_vectors_end(last, VECTOR, HAS_EDGE)

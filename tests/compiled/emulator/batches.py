@@ -19,6 +19,7 @@ class Batch:
     dtype: torch.dtype = torch.bfloat16
     layout: str = "extra row"
     banned: bool = False
+    offset: float = 0.0  # added to all logits: it changes nothing
     seed: int = 0
 
     @functools.cached_property
@@ -51,6 +52,7 @@ class Batch:
         B, L, V = self.B, self.T + (self.layout == "extra row"), self.V
         values = 3 * torch.randn(B, L, V, generator=g)
         values[:, : self.T].scatter_(-1, ids[..., None], 8.0 * torch.rand(B, self.T, 1, generator=g))
+        values += self.offset
         if self.banned:
             values[torch.rand(B, L, V, generator=g) < 0.3] = -torch.inf
             values[0, 0, : min(V // 2, 5000)] = -torch.inf  # whole blocks
@@ -61,6 +63,7 @@ class Batch:
             "extra row": lambda: empty((B, L, V)),
             "rows": lambda: empty((B, L, V)),
             "odd strides": lambda: empty((B, L, V + 3))[..., 1 : V + 1],
+            "wide rows": lambda: empty((B, L, 2 * (V + 15) // 16 * 16))[..., :V],
             "padded rows": lambda: empty((B, L, (V + 31) // 16 * 16))[..., :V],
             "transposed": lambda: empty((L, B, V)).transpose(0, 1),
             "every second": lambda: empty((B, L, 2 * V))[..., ::2],

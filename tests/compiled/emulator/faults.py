@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python -m compiled.emulator.faults     # prints what was found, as JSON
 
-Not here: a merged block beyond 2^31 would need a grid of 2^29 programs; `compiled.mutants` holds its address to int64.
+Not here: a merged chunk beyond 2^31 would need a grid of 2^29 programs; `compiled.mutants` holds its address to int64.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def _source(file: str, old: str, new: str) -> Mutant:
 
 _ROWS = functools.partial(log_probs, Batch(B=2, T=3, V=4112, layout="rows"))
 _ODD = functools.partial(log_probs, Batch(B=1, T=3, V=1003, layout="rows"))
-_SLICED = functools.partial(log_probs, Batch(B=1, T=3, V=4104, layout="padded rows"))
-_SPLIT = functools.partial(split_rows, log_probs, Batch(B=2, T=2, V=4112, layout="rows"))
-_SPLIT_ODD = functools.partial(split_rows, log_probs, Batch(B=1, T=3, V=4107, layout="rows"))
-_SPLIT_FAR = functools.partial(split_rows, far_rows, 4112)
+_UNALIKE = functools.partial(log_probs, Batch(B=1, T=3, V=4107, layout="wide rows"))
+_SPLIT = functools.partial(split_rows, log_probs, Batch(B=1, T=3, V=17008, layout="rows"))
+_SPLIT_ODD = functools.partial(split_rows, log_probs, Batch(B=1, T=3, V=17003, layout="rows"))
+_SPLIT_FAR = functools.partial(split_rows, far_rows, 17008)
+_LOW = functools.partial(log_probs, Batch(B=1, T=3, V=17003, layout="rows", offset=-400.0))
 _EXTRA = functools.partial(log_probs, Batch(B=1, T=3, V=130))
 _TOKENS = functools.partial(loss, Batch(B=2, T=5, V=2, layout="rows"), entry="logps")
 _BARRIER = (r"bar\.sync[ \t]+0;", "")
@@ -53,17 +54,20 @@ _ROW_MASK, _CREDIT_MASK, _LOSS_MASK, _FAR = (
 )
 _OTHER_BASE = (r"0f3FB8AA3B", "0f3FB8AB3B")  # log2 e, off by its 17th bit
 
+_INFINITE, _ZERO = 'tl.cast(float("-inf"), tl.float32)', "tl.cast(0.0, tl.float32)"
+
 FAULTS: dict[tuple[str, str], Fault] = {
     (STATISTICS, "a barrier less"): Fault(_BARRIER, _ROWS, "race"),
     (STATISTICS, "mask one too far"): Fault(_ROW_MASK, _ODD, "out of bounds"),
-    (STATISTICS, "no mask"): Fault((r"setp\.lt\.s32 (\t?%p\d+, %r\d+, %r\d+);", r"setp.ge.s32 \1;"), _ROWS, "wrong"),
+    (STATISTICS, "no mask"): Fault(
+        _source("row_statistics", "mask=cols < end, other", "mask=cols >= 0, other"), _ROWS, "wrong"
+    ),
     (STATISTICS, "rows in int32"): Fault(_FAR, far_rows, "out of bounds"),
     (STATISTICS, "0 behind the row"): Fault(
         _source("row_statistics", 'other=float("-inf")', "other=0.0"), _ODD, "wrong"
     ),
-    (STATISTICS, "sum from 1"): Fault(
-        _source("row_statistics", "row_max, row_sum, weighted = NEG_INF, 0.0", "row_max, row_sum, weighted = 0.0, 1.0"),
-        _ROWS, "wrong",
+    (STATISTICS, "maximum of a lane from 0"): Fault(
+        _source("row_statistics", 'tl.full([LANES], float("-inf")', "tl.full([LANES], 0.0"), _LOW, "wrong"
     ),
     (STATISTICS, "half a warp reduced"): Fault(
         (r"(shfl\.sync\.bfly\.b32 .*?), 16, 31, -1;", r"\1, 8, 31, -1;"), _ROWS, "wrong"
@@ -80,16 +84,17 @@ FAULTS: dict[tuple[str, str], Fault] = {
     (SPLIT, "0 behind the row"): Fault(
         _source("row_statistics", 'other=float("-inf")', "other=0.0"), _SPLIT_ODD, "wrong"
     ),
-    (MERGE, "a block too many"): Fault(
-        _source("row_statistics", "for block in range(0, n_blocks)", "for block in range(0, n_blocks + 1)"),
+    (MERGE, "a chunk too many"): Fault(
+        _source("row_statistics", "for chunk in range(0, n_chunks)", "for chunk in range(0, n_chunks + 1)"),
         _SPLIT, "out of bounds",
     ),
-    (MERGE, "sum from 1"): Fault(
-        _source("row_statistics", "NEG_INF, 0.0, 0.0\n    for block", "0.0, 1.0, 0.0\n    for block"), _SPLIT, "wrong"
+    (MERGE, "maximum from 0"): Fault(
+        _source("row_statistics", f"{_INFINITE}, 0.0, 0.0\n    for c", f"{_ZERO}, 0.0, 0.0\n    for c"),
+        functools.partial(split_rows, _LOW), "wrong",
     ),
-    (GRADIENT, "a barrier less"): Fault(_BARRIER, _SLICED, "race"),
+    (GRADIENT, "a barrier less"): Fault(_BARRIER, _UNALIKE, "race"),
     (GRADIENT, "mask one too far"): Fault(
-        _source("row_statistics", "* inv_temperature, mask=cols < V)", "* inv_temperature, mask=cols <= V)"),
+        _source("row_statistics", "* inv_temperature, mask=edge_cols < V)", "* inv_temperature, mask=edge_cols <= V)"),
         _ODD, "out of bounds",
     ),
     (GRADIENT, "rows in int32"): Fault(
@@ -104,7 +109,7 @@ FAULTS: dict[tuple[str, str], Fault] = {
         ),
         far_rows, "out of bounds",
     ),
-    (GRADIENT, "a token of the extra row"): Fault(
+    (GRADIENT, "no mask behind the tokens"): Fault(
         _source("row_statistics", "grad_logps_ptr + cell, mask=has_token, other=0.0", "grad_logps_ptr + cell"),
         _EXTRA, "out of bounds",
     ),

@@ -18,6 +18,7 @@ from compiled.emulator.ptx import REGISTER_BITS, Address, Immediate, Instruction
 from compiled.emulator.races import Access, find_races
 
 WARP = 32
+LONGEST = 50_000  # basic blocks that a block of threads runs, at most: a loop that a fault made endless is found
 Lanes = np.ndarray | bool  # the threads that take part; True is all of them
 Step = Callable[[Lanes], None]
 
@@ -74,7 +75,9 @@ class Machine:
             np.copyto(x, self.noise[kind])
         at = np.zeros(self.threads, np.int64)  # the basic block that a thread is about to run
         waits, done = np.zeros(self.threads, bool), np.zeros(self.threads, bool)
-        while not done.all():
+        for _ in range(LONGEST):
+            if done.all():
+                return
             ready = ~(waits | done)
             if not ready.any():
                 self._pass_barrier(at, waits, done)
@@ -97,6 +100,7 @@ class Machine:
                 waits |= taken
             else:
                 raise NotImplementedError(last.text)
+        raise KernelError(f"block {cta} does not end")
 
     def _pass_barrier(self, at: np.ndarray, waits: np.ndarray, done: np.ndarray) -> None:
         if done.any():
@@ -263,15 +267,16 @@ class Machine:
     def _ldmatrix(self, instruction: Instruction, modifiers: list[str]) -> Step:
         """Load 8 x 8 matrices of 16 bits: lane 8i + j names row j of matrix i, lane l gets elements 2l and 2l + 1."""
         targets, address = instruction.operands
-        transposed = _matrix_form(instruction, modifiers)
+        n, transposed = _matrix_form(instruction, modifiers)
         outs, where = [self._view(x, DTYPES["b32"]) for x in targets], self._address(address)
 
         def load(lanes: Lanes) -> None:
             threads = self._whole_warps(lanes, instruction)
-            rows = self.shared.load(where()[threads], 4, 4, self._access(instruction, threads))
-            elements = rows.view(np.uint16).reshape(-1, 4, 8, 8)  # of a warp: matrix, row, column
+            named = threads[threads % WARP < 8 * n]
+            rows = self.shared.load(where()[named], 4, 4, self._access(instruction, named))
+            elements = rows.view(np.uint16).reshape(-1, n, 8, 8)  # of a warp: matrix, row, column
             elements = np.ascontiguousarray(elements.swapaxes(2, 3) if transposed else elements)
-            words = elements.reshape(-1, 4, 64).view(np.uint32)  # of a warp: matrix, lane
+            words = elements.reshape(-1, n, 64).view(np.uint32)  # of a warp: matrix, lane
             for k, out in enumerate(outs):
                 out[threads] = words[:, k].ravel()
 
@@ -280,16 +285,17 @@ class Machine:
     def _stmatrix(self, instruction: Instruction, modifiers: list[str]) -> Step:
         """Store 8 x 8 matrices: the inverse of `_ldmatrix`."""
         address, sources = instruction.operands
-        transposed = _matrix_form(instruction, modifiers)
+        n, transposed = _matrix_form(instruction, modifiers)
         values, where = [self._value(x, DTYPES["b32"]) for x in sources], self._address(address)
 
         def store(lanes: Lanes) -> None:
             threads = self._whole_warps(lanes, instruction)
+            named = threads[threads % WARP < 8 * n]
             words = np.stack([x[threads].reshape(-1, WARP) for x in values], 1)  # of a warp: matrix, lane
-            elements = words.view(np.uint16).reshape(-1, 4, 8, 8)
+            elements = words.view(np.uint16).reshape(-1, n, 8, 8)
             elements = np.ascontiguousarray(elements.swapaxes(2, 3) if transposed else elements)
             rows = elements.reshape(-1, 8).view(np.uint32)  # of a lane: the row that it names
-            self.shared.store(where()[threads], rows, self._access(instruction, threads))
+            self.shared.store(where()[named], rows, self._access(instruction, named))
 
         return store
 
@@ -303,11 +309,13 @@ class Machine:
         return np.flatnonzero(lanes)
 
 
-def _matrix_form(instruction: Instruction, modifiers: list[str]) -> bool:
-    """Return whether matrices are transposed; four of them is the only form here."""
-    if [x for x in modifiers if x != "trans"] != ["sync", "aligned", "m8n8", "x4", "shared", "b16"]:
+def _matrix_form(instruction: Instruction, modifiers: list[str]) -> tuple[int, bool]:
+    """Return how many matrices there are, and whether they are transposed."""
+    counts = [x for x in modifiers if x in ("x1", "x2", "x4")]
+    others = [x for x in modifiers if x != "trans" and x not in counts]
+    if others != ["sync", "aligned", "m8n8", "shared", "b16"]:
         raise NotImplementedError(instruction.text)
-    return "trans" in modifiers
+    return int(counts[0][1]), "trans" in modifiers
 
 
 def _noise(kind: str, shape: tuple[int, int], seed: int) -> np.ndarray:

@@ -192,20 +192,28 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         for V in (1000, 1003) if quick else (1, 2, 7, 16, 130, 1000, 1003, 4104, 8192, 32773):
             batch = Batch(T=3 if V > 8000 else 5, V=V, dtype=dtype)
             found[f"log-probs {name} V={V}"] = functools.partial(log_probs, batch, 0.7)
-        for layout in () if quick else ("rows", "odd strides", "padded rows", "transposed", "every second", "columns"):
+        for layout in (
+            ()
+            if quick
+            else ("rows", "odd strides", "wide rows", "padded rows", "transposed", "every second", "columns")
+        ):
             for V in (1000, 4104):
                 batch = Batch(B=3, T=4, V=V, dtype=dtype, layout=layout, banned=True, seed=1)
                 found[f"log-probs {name} V={V} {layout}"] = functools.partial(log_probs, batch)
+    low = Batch(B=1, T=3, V=17003, offset=-400.0)
     batch, rows, wide = Batch(B=3, T=7), Batch(B=3, T=7, layout="rows"), Batch(B=3, T=4, V=4104, banned=True)
     one_pass = CreditConfig(reasoning_signal="image_independence", tau=0.3)
     everything = functools.partial(loss, use=tuple(VECTORS), beta=0.04, delta=1.5, temperature=1.3)
     calls: dict[str, tuple] = {
         "log-probs packed": (log_probs, rows, 2.0, True),
-        "log-probs split rows": (split_rows, log_probs, wide),
+        "log-probs V=4104": (log_probs, wide),
+        "log-probs far below 0": (log_probs, low),
+        "log-probs far below 0, split rows": (split_rows, log_probs, low),
+        "log-probs split rows": (split_rows, log_probs, Batch(T=2, V=17000, banned=True)),
         "log-probs split rows V=32773": (split_rows, log_probs, Batch(T=2, V=32773, banned=True)),
         "loss live": (loss, batch, "live"),
         "loss live fp32 V=4104": (loss, Batch(V=4104, dtype=torch.float32), "live"),
-        "loss live split rows": (split_rows, loss, Batch(V=4104, B=3, T=4), "live"),
+        "loss live split rows": (split_rows, loss, Batch(V=17000, T=2), "live"),
         "loss packed live": (functools.partial(loss, packed=True), rows, "live"),
         "loss packed": (functools.partial(loss, packed=True), rows),
         "loss in place": (functools.partial(loss, inplace=True), batch),

@@ -102,6 +102,7 @@ def test_threads_and_blocks_that_write_one_place_race():
         ("ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd2];\nret;", "misaligned"),
         ("mov.b32 %r2, 0;\nld.shared.b32 %r3, [%r2];\nret;", "uninitialised shared"),
         ("setp.lt.u32 %p1, %r1, 5;\n@%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;\nret;", "lanes are missing"),
+        ("$a:\nadd.s32 %r2, %r2, 1;\nbra $a;\nret;", "does not end"),
         ("setp.lt.u32 %p1, %r1, 32;\n@%p1 ret;\nbar.sync 0;\nret;", "have left"),
         ("setp.lt.u32 %p1, %r1, 5;\n@%p1 bra $a;\nbar.sync 0;\nret;\n$a:\nbar.sync 0;\nret;", "different barriers"),
     ],

@@ -64,6 +64,16 @@ def test_a_fault_in_a_real_kernel_is_found(emulation, name):
     assert wanted in ("wrong", "right") or kernel in found
 
 
+@pytest.mark.parametrize("options", [("--quick",), pytest.param((), marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_no_layout_moves_a_bit(cache, options):
+    """Alignment, strides, other streams, entropies, splitting: on-policy the ratio is exactly 1."""
+    compared = json.loads(python(cache, "-m", "compiled.emulator.layouts", *options))
+    assert compared
+    for name, result in compared.items():
+        assert result["compared"] >= 20
+        assert not result["moved"] + result["races"], f"{name}: {result}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", EMULATED_TARGETS)
 def test_all_of_the_table(cache, target):
