@@ -95,8 +95,8 @@ def _chunk_statistics(
     lane_max = tl.full([LANES], float("-inf"), tl.float32)
     lane_sum, lane_weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
-        following = _load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
         values = x.to(tl.float32)
+        following = _load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
         lane_max, lane_sum, lane_weighted = add_block(
             lane_max, lane_sum, lane_weighted, values, scale, HAS_ENTROPY, VECTOR
         )
