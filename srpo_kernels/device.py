@@ -13,7 +13,7 @@ K3_SERIES_BELOW = tl.constexpr(0.5)
 K3_MAX = tl.constexpr(10.0)
 NEG_INF = tl.constexpr(float("-inf"))
 FLOOR = tl.constexpr(-1e30)  # stands for -inf: a power of two of it is 0, and so is 0 times it
-FOLDS = tl.constexpr(5)  # of the 32 columns of a block that a lane takes
+VECTORS = tl.constexpr(4)  # of a block that a lane takes
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def add_block(lane_max, lane_sum, lane_weighted, x, scale, HAS_ENTROPY: tl.const
     subtracted before scaling: exact near the maximum, unmoved by a common offset.
     """
     block_max = x
-    for k in tl.static_range(FOLDS):
+    for k in tl.static_range(VECTOR // 4 + 3):  # log2(VECTORS * VECTOR), of a vector of 4 or 8
         a, b = _fold(block_max, k, VECTOR)
         block_max = tl.maximum(a, b)
     new_max = tl.maximum(lane_max, block_max)
@@ -103,7 +103,7 @@ def pick_column(x, column, VECTOR: tl.constexpr):
 
     To compare every column with an id would cost a register each.
     """
-    for k in tl.static_range(FOLDS):
+    for k in tl.static_range(VECTOR // 4 + 3):
         a, b = _fold(x, k, VECTOR)
         if 2**k < VECTOR:
             x = tl.where(column % 2 == 1, b, a)

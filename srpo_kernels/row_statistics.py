@@ -19,8 +19,8 @@ from torch import Tensor
 
 from srpo_kernels import launch
 from srpo_kernels.device import (
-    FOLDS,
     LOG2E,
+    VECTORS,
     add_block,
     edge_statistics,
     finish_statistics,
@@ -75,6 +75,12 @@ def _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _store_edge(row_ptr, values, first, V, stride_v, UNIT_STRIDE: tl.constexpr, VECTOR: tl.constexpr):
+    cols = first + tl.arange(0, VECTOR)
+    tl.store(row_ptr + _column_offsets(cols, stride_v, UNIT_STRIDE), values, mask=cols < V)
+
+
+@triton.jit
 def _column_of_id(target_id, V):
     """Return an id as int32; one outside the vocabulary is in no column."""
     return tl.where((target_id >= 0) & (target_id < V), target_id, -1).to(tl.int32)
@@ -90,8 +96,7 @@ def _chunk_statistics(
 
     Returns max, sum and weighted of the chunk, the target, and the block that follows, whose vectors end at `end`.
     """
-    LANES: tl.constexpr = BLOCK_V // 2**FOLDS
-    whole_last = _whole_vectors_end(last, VECTOR, HAS_EDGE)
+    LANES: tl.constexpr = BLOCK_V // (VECTORS * VECTOR)
     lane_max = tl.full([LANES], float("-inf"), tl.float32)
     lane_sum, lane_weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
@@ -101,14 +106,15 @@ def _chunk_statistics(
             lane_max, lane_sum, lane_weighted, values, scale, HAS_ENTROPY, VECTOR
         )
         # The target comes out of the sweep itself: the same memory value as the sum's, and no second read.
-        if (target_id >= start) & (target_id < tl.minimum(start + BLOCK_V, whole_last)):
+        if (target_id >= start) & (target_id < start + BLOCK_V):
             target = pick_column(values, target_id - start, VECTOR)
         x = following
     chunk_max, chunk_sum, weighted = reduce_lanes(lane_max, lane_sum, lane_weighted, scale)
-    if HAS_EDGE and whole_last < last:
-        edge = _load_block(row_ptr, whole_last, last, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
-        if (target_id >= whole_last) & (target_id < last):
-            target = tl.sum(tl.where(whole_last + tl.arange(0, VECTOR) == target_id, edge, 0.0), 0)
+    if HAS_EDGE and last % VECTOR != 0:
+        first_of_edge = last - last % VECTOR
+        edge = _load_block(row_ptr, first_of_edge, last, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+        if (target_id >= first_of_edge) & (target_id < last):
+            target = tl.sum(tl.where(first_of_edge + tl.arange(0, VECTOR) == target_id, edge, 0.0), 0)
         edge_max, edge_sum, edge_weighted = edge_statistics(edge, scale)
         chunk_max, chunk_sum, weighted = merge_statistics(
             chunk_max, chunk_sum, weighted, edge_max, edge_sum, edge_weighted, scale
@@ -293,8 +299,6 @@ def _logits_gradient_bwd_kernel(
     out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
     end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
     has_edge = HAS_EDGE and start + BLOCK_V >= V
-    edge_cols = end + tl.arange(0, VECTOR)
-    edge_out = out_row_ptr + _column_offsets(edge_cols, out_stride_v, UNIT_STRIDE)
     if needed:
         inv_temperature = tl.cast(inv_temperature, tl.float32)
         row_max, log_sum, entropy = tl.load(row_max_ptr + cell), tl.load(log_sum_ptr + cell), 0.0
@@ -309,12 +313,14 @@ def _logits_gradient_bwd_kernel(
         if has_edge:
             edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
             edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
-            edge += tl.where(edge_cols == target_id, g, 0.0)
-            tl.store(edge_out, edge * inv_temperature, mask=edge_cols < V)
+            edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
+            _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
     else:
         tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < end)
         if has_edge:
-            tl.store(edge_out, tl.zeros([VECTOR], tl.float32), mask=edge_cols < V)
+            _store_edge(
+                out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR
+            )  # fmt: skip
 
 
 def row_statistics_fwd(
@@ -337,8 +343,10 @@ def row_statistics_fwd(
 
 def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -> None:
     n_rows, T, V = ids.numel(), ids.shape[1], streams[0].shape[-1]
+    vector = 16 // streams[0].element_size()
     block, warps = launch.row_block(V)
-    chunk, vector = launch.BLOCKS_PER_CHUNK * block, 16 // streams[0].element_size()
+    block = block * vector // 8  # of the same bytes, whatever the dtype
+    chunk = launch.BLOCKS_PER_CHUNK * block
     n_cells, n_chunks = row_mask.numel(), triton.cdiv(V, chunk)
     clean, corrupted, ablated = [*streams, *[streams[0]] * (3 - len(streams))]
     strides = [s for x in (clean, corrupted, ablated) for s in (_batch_stride(x), x.stride(1))] + [clean.stride(2)]
@@ -351,6 +359,7 @@ def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -
         "VECTOR": vector,
         "HAS_EDGE": V % vector != 0,
         "num_warps": warps,
+        **launch.FUSION,
     }
     inputs = (clean, corrupted, ablated, ids, row_mask)
     if n_chunks == 1 or not launch.split_rows(n_cells, ids.device):
@@ -363,7 +372,7 @@ def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -
     )
     _merge_chunks_fwd_kernel[(n_cells,)](
         partials, targets, ids, row_mask, *outputs, n_rows, n_chunks, V, 1.0 / temperature,
-        HAS_ENTROPY=has_entropy, num_warps=1,
+        HAS_ENTROPY=has_entropy, num_warps=1, **launch.FUSION,
     )  # fmt: skip
 
 
@@ -398,6 +407,7 @@ def logits_gradient_bwd(
         VECTOR=vector,
         HAS_EDGE=V % vector != 0,
         num_warps=warps,
+        **launch.FUSION,
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE = (
     "_row_chunks_fwd_kernel", "_merge_chunks_fwd_kernel",
 )  # fmt: skip
 
+_SWEEP = 'has half."""\n    return _block(vocabulary, 4096)'
+
 COMPILED = {
     "rows in int32": Mutant(
         "row_statistics",
@@ -57,14 +59,21 @@ COMPILED = {
     "gradient in fp64": Mutant(
         "row_statistics", (("log_p = (x - ", "log_p = (x.to(tl.float64) - "),), (f"{GRADIENT}: fp64",)
     ),
+    "large blocks": Mutant(
+        "launch",
+        ((_SWEEP, _SWEEP.replace("_block(vocabulary, 4096)", "(8192, 4)")),),
+        (f"{STATISTICS}: occupancy",),
+    ),
     "forward block spills": Mutant(
         "launch",
-        (("_block(vocabulary, 4096)", "(32768, 4)"),),
+        ((_SWEEP, _SWEEP.replace("_block(vocabulary, 4096)", "(32768, 4)")),),
         (f"{STATISTICS}: spills", f"{STATISTICS}: stack", f"{SPLIT}: spills"),
         ("plain", "few rows"),
     ),
     "gradient block spills": Mutant(
-        "launch", (("_block(vocabulary, 8192)", "(32768, 2)"),), (f"{GRADIENT}: spills", f"{GRADIENT}: stack")
+        "launch",
+        (("gradient.\"\"\"\n    return _block(vocabulary, 4096)", "gradient.\"\"\"\n    return (32768, 2)"),),
+        (f"{GRADIENT}: spills", f"{GRADIENT}: stack"),
     ),
     "token block spills": Mutant(
         "launch", (("TOKENS_PER_BLOCK = 1024", "TOKENS_PER_BLOCK = 4096"),),
@@ -87,7 +96,7 @@ COMPILED = {
 # Faults of numbers and bounds, which machine code does not show: the interpreter's guard must.
 INTERPRETED = {
     "row mask one too far": Mutant(
-        "row_statistics", (("cols < end,", "cols <= end,"), ("edge_cols < V", "edge_cols <= V")), ("IndexError",)
+        "row_statistics", (("cols < end,", "cols <= end,"), ("mask=cols < V", "mask=cols <= V")), ("IndexError",)
     ),
     "credit mask one too far": Mutant("token_credit", (("tokens < end", "tokens <= end"),), ("IndexError",)),
     "loss mask one too far": Mutant("policy_loss", (("tokens < end", "tokens <= end"),), ("IndexError",)),

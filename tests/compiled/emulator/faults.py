@@ -94,7 +94,7 @@ FAULTS: dict[tuple[str, str], Fault] = {
     ),
     (GRADIENT, "a barrier less"): Fault(_BARRIER, _UNALIKE, "race"),
     (GRADIENT, "mask one too far"): Fault(
-        _source("row_statistics", "* inv_temperature, mask=edge_cols < V)", "* inv_temperature, mask=edge_cols <= V)"),
+        _source("row_statistics", "values, mask=cols < V)", "values, mask=cols <= V)"),
         _ODD, "out of bounds",
     ),
     (GRADIENT, "rows in int32"): Fault(
