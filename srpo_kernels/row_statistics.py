@@ -100,8 +100,8 @@ def _chunk_statistics(
     lane_max = tl.full([LANES], float("-inf"), tl.float32)
     lane_sum, lane_weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
-        values = x.to(tl.float32)
         following = _load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
+        values = x.to(tl.float32)
         lane_max, lane_sum, lane_weighted = add_block(
             lane_max, lane_sum, lane_weighted, values, scale, HAS_ENTROPY, VECTOR
         )
@@ -330,8 +330,9 @@ def row_statistics_fwd(
     logps, row_max, log_sum = (torch.empty(row_mask.shape, dtype=torch.float32, device=ids.device) for _ in range(3))
     entropy = torch.empty(ids.shape if return_entropy else 0, dtype=torch.float32, device=ids.device)
     first = streams[0]
-    together = all(x.dtype == first.dtype and (x.stride(-1) == 1) == (first.stride(-1) == 1) for x in streams)
-    together = together and (first.stride(-1) == 1 or len(streams) == 1)
+    alike = {(x.dtype, x.stride(-1) == 1) for x in streams}
+    whole_vectors = first.stride(-1) == 1 and first.shape[-1] * first.element_size() % 16 == 0
+    together = len(streams) == 1 or (len(alike) == 1 and whole_vectors)  # else a launch of all spills registers
     groups = [slice(0, len(streams))] if together else [slice(s, s + 1) for s in range(len(streams))]
     if ids.numel() and first.shape[-1]:
         for group in groups:

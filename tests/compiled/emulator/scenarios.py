@@ -237,7 +237,7 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "sequence": {"importance_sampling_level": "sequence_token", "loss_type": "grpo"},
         "sequence kl": {"importance_sampling_level": "sequence_token", "use": ("old", "ref"), "beta": 0.1},
     }  # fmt: skip
-    for T in (7,) if quick else (7, 1024, 2500):  # a block of tokens is 1024
+    for T in (7,) if quick else (7, 512, 1300):  # a block of tokens is 512
         batch = Batch(B=3, T=T, V=2, layout="rows", seed=T)
         for name, chosen in options.items():
             found[f"from log-probs, {name} T={T}"] = functools.partial(loss, batch, entry="logps", **chosen)
