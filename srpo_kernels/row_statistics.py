@@ -312,6 +312,7 @@ def _logits_gradient_bwd_kernel(
         tl.store(out, gradient * inv_temperature, mask=cols < end)
         if has_edge:
             edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+            tl.debug_barrier()  # every warp loads a copy: in place, none may find what another has stored
             edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
             edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
             _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)

@@ -93,6 +93,10 @@ FAULTS: dict[tuple[str, str], Fault] = {
         functools.partial(split_rows, _LOW), "wrong",
     ),
     (GRADIENT, "a barrier less"): Fault(_BARRIER, _UNALIKE, "race"),
+    (GRADIENT, "no barrier before an edge is overwritten"): Fault(
+        _source("row_statistics", "tl.debug_barrier()", "pass"),
+        functools.partial(loss, Batch(B=3, T=4, V=1003), inplace=True), "race",
+    ),
     (GRADIENT, "mask one too far"): Fault(
         _source("row_statistics", "values, mask=cols < V)", "values, mask=cols <= V)"),
         _ODD, "out of bounds",

@@ -230,7 +230,7 @@ class Machine:
         return store
 
     def _memory(self, modifiers: list[str]) -> GlobalMemory | SharedMemory:
-        return {"global": self.memory, "shared": self.shared}[modifiers[0]]
+        return {"global": self.memory, "shared": self.shared, "shared::cta": self.shared}[modifiers[0]]
 
     def _address(self, address: Address) -> Callable[[], np.ndarray]:
         base, offset = self._value(address.base, ADDRESS), np.uint64(address.offset & (2**64 - 1))
@@ -312,7 +312,7 @@ class Machine:
 def _matrix_form(instruction: Instruction, modifiers: list[str]) -> tuple[int, bool]:
     """Return how many matrices there are, and whether they are transposed."""
     counts = [x for x in modifiers if x in ("x1", "x2", "x4")]
-    others = [x for x in modifiers if x != "trans" and x not in counts]
+    others = [x.removesuffix("::cta") for x in modifiers if x != "trans" and x not in counts]
     if others != ["sync", "aligned", "m8n8", "shared", "b16"]:
         raise NotImplementedError(instruction.text)
     return int(counts[0][1]), "trans" in modifiers

@@ -217,6 +217,7 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "loss packed live": (functools.partial(loss, packed=True), rows, "live"),
         "loss packed": (functools.partial(loss, packed=True), rows),
         "loss in place": (functools.partial(loss, inplace=True), batch),
+        "loss in place, an edge": (functools.partial(loss, inplace=True), Batch(B=3, T=4, V=1003)),
         "loss live one pass": (functools.partial(loss, credit=one_pass), batch, "live"),
         "loss plain on-policy": (functools.partial(loss, use=()), Batch(B=3, T=7, V=1003), "none"),
         "loss with everything": (everything, batch),
