@@ -1,7 +1,7 @@
 """Where kernels can run, and how they are launched: block sizes, warps, splits.
 
-The block size of a row depends on the vocabulary alone, never on the number of rows, so the bits of a log-prob do not
-depend on what else is in the batch.
+The block size of a row depends on the vocabulary and the dtype alone, never on the number of rows, so the bits of a
+log-prob do not depend on what else is in the batch.
 """
 
 import contextlib

@@ -31,7 +31,8 @@ def survey(tmp_path_factory):
     """All rows, variants and mutants. The compile cache is new, so nothing comes from an older compiler."""
     cache = tmp_path_factory.mktemp("triton_cache")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
 
     def run(options):
         command = [sys.executable, "-m", "compiled.survey", "--targets", *options]

@@ -21,7 +21,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 def python(cache, *arguments, codes=(0,)):
     """Run Python outside the interpreter of kernels; return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "EMULATED_"))}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
     assert done.returncode in codes, (done.stdout + done.stderr)[-4000:]
