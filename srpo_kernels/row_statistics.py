@@ -61,6 +61,7 @@ def _stream_row_ptr(
 def _whole_vectors_end(end, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr):
     """Return where the last whole vector before `end` ends: as a mask it does not narrow loads and stores."""
     if HAS_EDGE:
+        end = tl.cast(end, tl.int32)  # a vocabulary of 1 is a constant
         return tl.multiple_of(end - end % VECTOR, VECTOR)
     else:
         return end

@@ -82,3 +82,10 @@ def test_fields_of_bits_keep_their_sign():
         (30, 4, [1, -1, 0, -1]),
     ):
         assert arithmetic.signed_field(a, np.uint32(start), np.uint32(n)).tolist() == wanted
+
+
+def test_pairs_of_short_integers_wrap_apart():
+    add = arithmetic.operation("add", ["s16x2"], 0).function
+    a, b = np.array([0x0001FFFF, 0x7FFF0003], np.uint32), np.array([0x00010001, 0x00010004], np.uint32)
+    assert add(a, b).tolist() == [0x00020000, 0x80000007]
+    assert add(a, b[:1]).tolist() == [0x00020000, 0x80000004]
