@@ -242,15 +242,21 @@ class Machine:
 
     def _shfl(self, instruction: Instruction, modifiers: list[str]) -> Step:
         """Exchange values inside warps."""
-        target, source, distance, clamp, members = instruction.operands
-        if modifiers != ["sync", "bfly", "b32"] or (clamp, members) != (Immediate(31), Immediate(-1)):
+        target, source, which, clamp, members = instruction.operands
+        mode = modifiers[1]
+        if modifiers not in (["sync", "bfly", "b32"], ["sync", "idx", "b32"]) or (clamp, members) != (
+            Immediate(31),
+            Immediate(-1),
+        ):
             raise NotImplementedError(instruction.text)
         out, value = self._view(target, DTYPES["b32"]), self._value(source, DTYPES["b32"])
-        partner = self.tid ^ distance.bits
+        which, first = self._value(which, DTYPES["u32"]), self.tid // WARP * WARP
 
         def exchange(lanes: Lanes) -> None:
             self._whole_warps(lanes, instruction)
-            np.copyto(out, value[partner], where=lanes)
+            lane = which.astype(np.int64) % WARP
+            partner = first + (self.tid % WARP ^ lane if mode == "bfly" else lane)
+            np.copyto(out, np.broadcast_to(value, (self.threads,))[partner], where=lanes)
 
         return exchange
 

@@ -50,6 +50,15 @@ def test_threads_that_part_meet_again():
     assert (traffic.stored, traffic.sectors_stored, traffic.requests) == (256, 8, 2)
 
 
+def test_lanes_are_asked_by_number():
+    out, *_ = run("""
+        shr.u32 %r2, %r1, 1;
+        shfl.sync.idx.b32 %r3, %r1, %r2, 31, -1;
+        st.global.b32 [%rd2], %r3;
+        ret;""")
+    assert out.tolist() == [t // 32 * 32 + t // 2 % 32 for t in range(64)]
+
+
 def test_a_loop_that_each_thread_leaves_in_its_own_time():
     out, *_ = run("""
         mov.b32 %r2, 0;
