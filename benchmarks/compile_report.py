@@ -3,10 +3,12 @@
     python benchmarks/compile_report.py [--targets sm_90 gfx942] [--shape B T V --dtype bfloat16] [--json FILE]
     python benchmarks/compile_report.py --peers     # TRL's and Liger's kernels beside ours
     python benchmarks/compile_report.py --sweep     # BLOCK and warps of the two kernels that touch logits
+    python benchmarks/compile_report.py --execute [--quick]    # run the machine code in an emulator, against float64
 
 Columns: registers, stack, shared memory (bytes) and instructions of the whole kernel; loads and stores of global memory
 as count x bits; occ, the share of warp slots that registers and shared memory leave filled; per element of the hot path
 (the innermost loop over memory): bytes, exponentials, instructions. Counts from machine code, not measurements.
+`--execute` prints the table of `compiled.emulator.compare` instead: errors as fractions of the tests' floors, races.
 """
 
 import argparse
@@ -27,6 +29,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import torch
 from compiled.cases import CASES, Shape, few_rows, log_probs, loss, split
 from compiled.dry_launch import TARGETS
+from compiled.emulator import compare as emulator
+from compiled.emulator.launcher import EMULATED_TARGETS
 from compiled.survey import launches_of, row
 from tabulate import tabulate
 
@@ -139,8 +143,13 @@ def main() -> None:
     parser.add_argument("--cases", action="store_true", help="all cases of the contract instead of one shape")
     parser.add_argument("--peers", action="store_true", help="also TRL's and Liger's kernels")
     parser.add_argument("--sweep", action="store_true", help="BLOCK and warps of the kernels that touch logits")
+    parser.add_argument("--execute", action="store_true", help="emulate sm_80 and sm_90: 10 to 20 minutes")
+    parser.add_argument("--quick", action="store_true", help="emulate one size of everything: a minute a target")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures there")
     options = parser.parse_args()
+    if options.execute:
+        emulator.report([t for t in options.targets if t in EMULATED_TARGETS], options.quick, file=options.json)
+        return
     B, T, V = options.shape
     shape = Shape(B, T, V, getattr(torch, options.dtype))
     streams = {"bfloat16": "bf16", "float16": "f16"}.get(options.dtype) if V % 16 == 0 else None

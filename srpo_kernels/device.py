@@ -12,35 +12,138 @@ RATIO_LOG_MAX = tl.constexpr(60.0)
 K3_SERIES_BELOW = tl.constexpr(0.5)
 K3_MAX = tl.constexpr(10.0)
 NEG_INF = tl.constexpr(float("-inf"))
+FLOOR = tl.constexpr(-1e30)  # stands for -inf: a power of two of it is 0, and so is 0 times it
+VECTORS = tl.constexpr(4)  # of a block that a lane takes
 
 
 @triton.jit
-def block_statistics(x, scale, HAS_ENTROPY: tl.constexpr):
-    """Reduce one block of logits to (max, sum of e, sum of e * z), z = (x - max) * scale, e = 2^z.
+def _neighbours(x):
+    """Split [..., 2n] into its even and its odd elements, as [n] each."""
+    return tl.split(tl.reshape(x, [x.numel // 2, 2]))
 
-    The maximum is subtracted before scaling: exact near the maximum, unmoved by a common offset.
+
+@triton.jit
+def _halves(x):
+    """Split [2n] into its first and its last n elements."""
+    return tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2]), [1, 0]))
+
+
+@triton.jit
+def _fold(x, k: tl.constexpr, VECTOR: tl.constexpr):
+    """Split the columns of a block in two: neighbours in the first folds, until vectors are gone, then halves."""
+    if 2**k < VECTOR:
+        return _neighbours(x)
+    else:
+        return _halves(x)
+
+
+@triton.jit
+def _finite(x):
+    """Return what to subtract from numbers whose maximum is `x`: -inf - -inf would be NaN."""
+    return tl.where(x == NEG_INF, 0.0, x)
+
+
+@triton.jit
+def _vector_sums(x, subtracted, scale, HAS_ENTROPY: tl.constexpr, VECTOR: tl.constexpr):
+    """Return sum e and sum e * z over each vector of a block, pair by pair: few values live at a time."""
+    if VECTOR == 2:
+        LANES: tl.constexpr = subtracted.shape[0]
+        a, b = _neighbours(x)
+        z_a = (tl.reshape(a, [a.shape[0] // LANES, LANES]) - subtracted[None, :]) * scale
+        z_b = (tl.reshape(b, [b.shape[0] // LANES, LANES]) - subtracted[None, :]) * scale
+        e_b, weighted = tl.exp2(z_b), 0.0
+        if HAS_ENTROPY:
+            weighted = e_b * tl.maximum(z_b, FLOOR)
+        e_a = tl.exp2(z_a)
+        if HAS_ENTROPY:
+            weighted = tl.fma(e_a, tl.maximum(z_a, FLOOR), weighted)
+        return e_a + e_b, weighted
+    else:
+        a, b = _neighbours(x)
+        total_a, weighted_a = _vector_sums(a, subtracted, scale, HAS_ENTROPY, VECTOR // 2)
+        total_b, weighted_b = _vector_sums(b, subtracted, scale, HAS_ENTROPY, VECTOR // 2)
+        return total_a + total_b, weighted_a + weighted_b
+
+
+@triton.jit
+def _sum_of_halves(x):
+    """Add up the rows of [n, LANES], half by half."""
+    if x.shape[0] == 1:
+        return tl.reshape(x, [x.shape[1]])
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), [1, 2, 0]))
+        return _sum_of_halves(a + b)
+
+
+@triton.jit
+def add_block(lane_max, lane_sum, lane_weighted, x, scale, HAS_ENTROPY: tl.constexpr, VECTOR: tl.constexpr):
+    """Add a block of logits to its lanes' (max, sum of e, sum of e * z), z = (x - max) * scale, e = 2^z.
+
+    A lane is what one thread has of a block that is loaded `VECTOR` columns at a time. The order of its sum is written
+    out, so that no bit depends on how wide the loads really are, and on which thread columns land on. The maximum is
+    subtracted before scaling: exact near the maximum, unmoved by a common offset.
     """
-    block_max = tl.max(x, 0)
-    z = (x - tl.where(block_max == NEG_INF, 0.0, block_max)) * scale
-    e = tl.exp2(z)
-    block_sum = tl.sum(e, 0)
-    weighted = 0.0
+    block_max = x
+    for k in tl.static_range(VECTOR // 4 + 3):  # log2(VECTORS * VECTOR), of a vector of 4 or 8
+        a, b = _fold(block_max, k, VECTOR)
+        block_max = tl.maximum(a, b)
+    new_max = tl.maximum(lane_max, block_max)
+    subtracted = _finite(new_max)
+    shift = tl.maximum((lane_max - subtracted) * scale, FLOOR)
+    factor = tl.exp2(shift)
+    block_sum, weighted = _vector_sums(x, subtracted, scale, HAS_ENTROPY, VECTOR)
     if HAS_ENTROPY:
-        weighted = tl.sum(e * tl.where(e == 0.0, 0.0, z), 0)
-    return block_max, block_sum, weighted
+        lane_weighted = tl.fma(tl.fma(lane_sum, shift, lane_weighted), factor, _sum_of_halves(weighted))
+    return new_max, tl.fma(lane_sum, factor, _sum_of_halves(block_sum)), lane_weighted
+
+
+@triton.jit
+def pick_column(x, column, VECTOR: tl.constexpr):
+    """Return the element of a block at `column`, which one fold after the other narrows down.
+
+    To compare every column with an id would cost a register each.
+    """
+    for k in tl.static_range(VECTOR // 4 + 3):
+        a, b = _fold(x, k, VECTOR)
+        if 2**k < VECTOR:
+            x = tl.where(column % 2 == 1, b, a)
+            column = column // 2
+        else:
+            x = tl.where(column >= x.shape[0] // 2, b, a)
+            column = column % x.shape[0]
+    return tl.sum(tl.where(tl.arange(0, x.shape[0]) == column, x, 0.0), 0)
+
+
+@triton.jit
+def reduce_lanes(lane_max, lane_sum, lane_weighted, scale):
+    """Merge the statistics of lanes into those of a chunk."""
+    chunk_max = tl.max(lane_max, 0)
+    shift = tl.maximum((lane_max - _finite(chunk_max)) * scale, FLOOR)
+    factor = tl.exp2(shift)
+    # fma with 0: a product that must not be fused into the sum, which adds it in some order of the compiler's
+    chunk_sum = tl.sum(tl.fma(lane_sum, factor, 0.0), 0)
+    return chunk_max, chunk_sum, tl.sum(tl.fma(tl.fma(lane_sum, shift, lane_weighted), factor, 0.0), 0)
+
+
+@triton.jit
+def edge_statistics(x, scale):
+    """Reduce the columns that fill no vector: a tensor too small for its layout to differ."""
+    edge_max = tl.max(x, 0)
+    z = (x - _finite(edge_max)) * scale
+    e = tl.exp2(z)
+    return edge_max, tl.sum(e, 0), tl.sum(tl.fma(e, tl.maximum(z, FLOOR), 0.0), 0)
 
 
 @triton.jit
 def merge_statistics(max_a, sum_a, weighted_a, max_b, sum_b, weighted_b, scale):
     """Merge the statistics of two disjoint sets of columns."""
     new_max = tl.maximum(max_a, max_b)
-    shift_a = tl.where(max_a == NEG_INF, 0.0, (max_a - new_max) * scale)
-    shift_b = tl.where(max_b == NEG_INF, 0.0, (max_b - new_max) * scale)
+    subtracted = _finite(new_max)
+    shift_a = tl.maximum((max_a - subtracted) * scale, FLOOR)
+    shift_b = tl.maximum((max_b - subtracted) * scale, FLOOR)
     factor_a, factor_b = tl.exp2(shift_a), tl.exp2(shift_b)
-    # a shift so large that its factor is 0 must not meet it as 0 * inf
-    merged = tl.where(factor_a == 0.0, 0.0, factor_a * (weighted_a + sum_a * shift_a))
-    merged += tl.where(factor_b == 0.0, 0.0, factor_b * (weighted_b + sum_b * shift_b))
-    return new_max, sum_a * factor_a + sum_b * factor_b, merged
+    merged = tl.fma(tl.fma(sum_a, shift_a, weighted_a), factor_a, tl.fma(sum_b, shift_b, weighted_b) * factor_b)
+    return new_max, tl.fma(sum_a, factor_a, sum_b * factor_b), merged
 
 
 @triton.jit

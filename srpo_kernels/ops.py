@@ -84,7 +84,7 @@ def _logits_gradient(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    out = row_chunks.in_huge_pages(torch.empty_like(logits))
+    out = row_chunks.in_huge_pages(_empty_like_rows(logits))
     backends.logits_gradient(
         out, logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend=backend
     )
@@ -93,6 +93,15 @@ def _logits_gradient(
 
 @_logits_gradient.register_fake
 def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperature, backend):
+    return _empty_like_rows(logits)
+
+
+def _empty_like_rows(logits: Tensor) -> Tensor:
+    """Return memory for a gradient; rows cut from slightly wider ones keep their stride: wide stores need it."""
+    B, L, V = logits.shape
+    width = logits.stride(1)
+    if logits.stride(2) == 1 and V < width <= V + V // 8:
+        return logits.new_empty(B, L, width)[..., :V]
     return torch.empty_like(logits)
 
 

@@ -139,5 +139,6 @@ def policy_loss_fwd(
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,
         num_warps=launch.TOKEN_WARPS,
+        **launch.FUSION,
     )  # fmt: skip
     return loss, sums, coefficient

@@ -6,7 +6,10 @@
 Forward reads each needed row of each stream once: `[B, T or T+1, V]`, any strides, and writes `logps`, `row_max` and
 `log_sum` `[S, B, T]` and `entropy` `[B, T]` in fp32. Rows whose mask is 0 are not read and give 0. `row_max` and
 `log_sum` are saved for backward, which reads a row once and writes it once; a row without gradient is not read.
-128-bit accesses need the row strides to be multiples of 16 elements (V = 151936 is); other strides load scalars.
+128-bit accesses need the row strides to be multiples of 16 elements (and a row to start at one): so they are for a
+contiguous vocabulary of 151936 or 152064, and for 151665 columns cut from rows of 151936, whose last column is loaded
+alone. Rows that start anywhere (a contiguous 92553, 151674 or 151665) are loaded column by column, at twice the
+instructions: pad the head to a multiple of 16 and cut its logits, `logits[..., :V]`. The layout moves no bit.
 """
 
 import torch
@@ -15,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from srpo_kernels import launch
-from srpo_kernels.device import LOG2E, NEG_INF, block_statistics, finish_statistics, merge_statistics
+from srpo_kernels.device import (
+    LOG2E,
+    VECTORS,
+    add_block,
+    edge_statistics,
+    finish_statistics,
+    merge_statistics,
+    pick_column,
+    reduce_lanes,
+)
 
 
 @triton.jit
@@ -46,9 +58,69 @@ def _stream_row_ptr(
 
 
 @triton.jit
-def _load_block(row_ptr, cols, V, stride_v, UNIT_STRIDE: tl.constexpr):
-    offsets = _column_offsets(cols, stride_v, UNIT_STRIDE)
-    return tl.load(row_ptr + offsets, mask=cols < V, other=float("-inf")).to(tl.float32)
+def _whole_vectors_end(end, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr):
+    """Return where the last whole vector before `end` ends: as a mask it does not narrow loads and stores."""
+    if HAS_EDGE:
+        end = tl.cast(end, tl.int32)  # a vocabulary of 1 is a constant
+        return tl.multiple_of(end - end % VECTOR, VECTOR)
+    else:
+        return end
+
+
+@triton.jit
+def _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Load a block of columns, -inf from `end` on."""
+    cols = start + tl.arange(0, BLOCK_V)
+    pointers = row_ptr + _column_offsets(cols, stride_v, UNIT_STRIDE)
+    return tl.load(pointers, mask=cols < end, other=float("-inf"))
+
+
+@triton.jit
+def _store_edge(row_ptr, values, first, V, stride_v, UNIT_STRIDE: tl.constexpr, VECTOR: tl.constexpr):
+    cols = first + tl.arange(0, VECTOR)
+    tl.store(row_ptr + _column_offsets(cols, stride_v, UNIT_STRIDE), values, mask=cols < V)
+
+
+@triton.jit
+def _column_of_id(target_id, V):
+    """Return an id as int32; one outside the vocabulary is in no column."""
+    return tl.where((target_id >= 0) & (target_id < V), target_id, -1).to(tl.int32)
+
+
+@triton.jit
+def _chunk_statistics(
+    row_ptr, x, first, last, end, stride_v, target_id, target, scale,
+    HAS_ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Reduce columns `[first, last)`, of which `x` holds the first block.
+
+    Returns max, sum and weighted of the chunk, the target, and the block that follows, whose vectors end at `end`.
+    """
+    LANES: tl.constexpr = BLOCK_V // (VECTORS * VECTOR)
+    lane_max = tl.full([LANES], float("-inf"), tl.float32)
+    lane_sum, lane_weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    for start in range(first, last, BLOCK_V):
+        following = _load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
+        values = x.to(tl.float32)
+        lane_max, lane_sum, lane_weighted = add_block(
+            lane_max, lane_sum, lane_weighted, values, scale, HAS_ENTROPY, VECTOR
+        )
+        # The target comes out of the sweep itself: the same memory value as the sum's, and no second read.
+        if (target_id >= start) & (target_id < start + BLOCK_V):
+            target = pick_column(values, target_id - start, VECTOR)
+        x = following
+    chunk_max, chunk_sum, weighted = reduce_lanes(lane_max, lane_sum, lane_weighted, scale)
+    if HAS_EDGE and last % VECTOR != 0:
+        first_of_edge = last - last % VECTOR
+        edge = _load_block(row_ptr, first_of_edge, last, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+        if (target_id >= first_of_edge) & (target_id < last):
+            target = tl.sum(tl.where(first_of_edge + tl.arange(0, VECTOR) == target_id, edge, 0.0), 0)
+        edge_max, edge_sum, edge_weighted = edge_statistics(edge, scale)
+        chunk_max, chunk_sum, weighted = merge_statistics(
+            chunk_max, chunk_sum, weighted, edge_max, edge_sum, edge_weighted, scale
+        )
+    return chunk_max, chunk_sum, weighted, target, x
 
 
 @triton.jit
@@ -78,6 +150,7 @@ def _row_statistics_fwd_kernel(
     ablated_stride_b: tl.int64, ablated_stride_t: tl.int64, stride_v: tl.int64,
     inv_temperature,
     HAS_ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, N_STREAMS: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0)
     stream, row = cell // n_rows, cell % n_rows
@@ -92,19 +165,19 @@ def _row_statistics_fwd_kernel(
     )  # fmt: skip
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     scale = inv_temperature * LOG2E
-    target_id = tl.load(ids_ptr + row)
-    target = float("nan")  # of an id outside the vocabulary
-    row_max, row_sum, weighted = NEG_INF, 0.0, 0.0
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        x = _load_block(row_ptr, cols, V, stride_v, UNIT_STRIDE)
-        block_max, block_sum, block_weighted = block_statistics(x, scale, HAS_ENTROPY)
+    target_id = _column_of_id(tl.load(ids_ptr + row), V)
+    target = tl.cast(float("nan"), tl.float32)  # of an id outside the vocabulary
+    row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
+    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
+    x = _load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
+    for first in range(0, V, CHUNK_V):
+        chunk_max, chunk_sum, chunk_weighted, target, x = _chunk_statistics(
+            row_ptr, x, first, tl.minimum(first + CHUNK_V, V), end, stride_v, target_id, target, scale,
+            HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
+        )  # fmt: skip
         row_max, row_sum, weighted = merge_statistics(
-            row_max, row_sum, weighted, block_max, block_sum, block_weighted, scale
+            row_max, row_sum, weighted, chunk_max, chunk_sum, chunk_weighted, scale
         )
-        # The target comes out of the sweep itself: the same memory value as the sum's, and no second read.
-        if (target_id >= start) & (target_id < tl.minimum(start + BLOCK_V, V)):
-            target = tl.sum(tl.where(cols == target_id, x, 0.0), 0)
     logp, log_sum, entropy = finish_statistics(target, row_max, row_sum, weighted, inv_temperature)
     _store_row(
         logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, cell, stream, row,
@@ -112,18 +185,19 @@ def _row_statistics_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks", "T"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
-def _row_blocks_fwd_kernel(
+@triton.jit(do_not_specialize=["n_rows", "n_chunks", "T"], do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"])
+def _row_chunks_fwd_kernel(
     logits_ptr, corrupted_ptr, ablated_ptr, ids_ptr, row_mask_ptr,
-    partials_ptr,  # [S, B, T, n_blocks, 3]: max, sum, weighted
+    partials_ptr,  # [S, B, T, n_chunks, 3]: max, sum, weighted
     targets_ptr,  # [S, B, T]
-    n_rows, n_blocks, T, V,
+    n_rows, n_chunks, T, V,
     stride_b: tl.int64, stride_t: tl.int64, corrupted_stride_b: tl.int64, corrupted_stride_t: tl.int64,
     ablated_stride_b: tl.int64, ablated_stride_t: tl.int64, stride_v: tl.int64,
     inv_temperature,
     HAS_ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, N_STREAMS: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    cell, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
+    cell, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     stream, row = cell // n_rows, cell % n_rows
     if tl.load(row_mask_ptr + cell) == 0:
         return
@@ -132,36 +206,40 @@ def _row_blocks_fwd_kernel(
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
     scale = tl.cast(inv_temperature, tl.float32) * LOG2E
-    target_id = tl.load(ids_ptr + row)
-    start = block * BLOCK_V
-    cols = start + tl.arange(0, BLOCK_V)
-    x = _load_block(row_ptr, cols, V, stride_v, UNIT_STRIDE)
-    block_max, block_sum, block_weighted = block_statistics(x, scale, HAS_ENTROPY)
+    target_id = _column_of_id(tl.load(ids_ptr + row), V)
+    first = chunk * CHUNK_V
+    last = tl.minimum(first + CHUNK_V, V)
+    end = _whole_vectors_end(last, VECTOR, HAS_EDGE)
+    x = _load_block(row_ptr, first, end, stride_v, UNIT_STRIDE, BLOCK_V)
+    chunk_max, chunk_sum, weighted, target, x = _chunk_statistics(
+        row_ptr, x, first, last, end, stride_v, target_id, tl.cast(float("nan"), tl.float32), scale,
+        HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
+    )  # fmt: skip
     partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 3
-    tl.store(partial_ptr, block_max)
-    tl.store(partial_ptr + 1, block_sum)
-    tl.store(partial_ptr + 2, block_weighted)
-    if (target_id >= start) & (target_id < tl.minimum(start + BLOCK_V, V)):
-        tl.store(targets_ptr + cell, tl.sum(tl.where(cols == target_id, x, 0.0), 0))
+    tl.store(partial_ptr, chunk_max)
+    tl.store(partial_ptr + 1, chunk_sum)
+    tl.store(partial_ptr + 2, weighted)
+    if (target_id >= first) & (target_id < last):
+        tl.store(targets_ptr + cell, target)
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_blocks"],
+    do_not_specialize=["n_rows", "n_chunks"],
     do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr", "logps_ptr", "row_max_ptr", "log_sum_ptr"],
 )
-def _merge_blocks_fwd_kernel(
+def _merge_chunks_fwd_kernel(
     partials_ptr, targets_ptr, ids_ptr, row_mask_ptr,
     logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr,
-    n_rows, n_blocks, V, inv_temperature, HAS_ENTROPY: tl.constexpr,
+    n_rows, n_chunks, V, inv_temperature, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0)
     stream, row = cell // n_rows, cell % n_rows
     needed = tl.load(row_mask_ptr + cell) != 0
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     scale = inv_temperature * LOG2E
-    row_max, row_sum, weighted = NEG_INF, 0.0, 0.0
-    for block in range(0, n_blocks):
-        partial_ptr = partials_ptr + (cell.to(tl.int64) * n_blocks + block) * 3
+    row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
+    for chunk in range(0, n_chunks):
+        partial_ptr = partials_ptr + (cell.to(tl.int64) * n_chunks + chunk) * 3
         row_max, row_sum, weighted = merge_statistics(
             row_max, row_sum, weighted,
             tl.load(partial_ptr, mask=needed, other=0.0),
@@ -180,6 +258,17 @@ def _merge_blocks_fwd_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD: tl.constexpr):
+    """Return temperature * dlogits of columns that are not the target, which adds g."""
+    log_p = (x - row_max) * inv_temperature - log_sum
+    p = tl.exp2(log_p * LOG2E)
+    slope = g
+    if HAS_ENTROPY_GRAD:
+        slope += h * (tl.where(p == 0.0, 0.0, log_p) + entropy)
+    return -(slope * p)
+
+
 @triton.jit(
     do_not_specialize=["n_blocks", "T", "L"],
     do_not_specialize_on_alignment=["ids_ptr", "grad_logps_ptr", "grad_entropy_ptr"],
@@ -192,32 +281,48 @@ def _logits_gradient_bwd_kernel(
     stride_b: tl.int64, stride_t: tl.int64, stride_v: tl.int64,
     out_stride_b: tl.int64, out_stride_t: tl.int64, out_stride_v: tl.int64,
     inv_temperature,
-    HAS_ENTROPY_GRAD: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ENTROPY_GRAD: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
     line, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     b, t = line // L, line % L
     cell = b * T + t
     has_token = t < T
     g = tl.load(grad_logps_ptr + cell, mask=has_token, other=0.0).to(tl.float32)
-    needed = g != 0.0
+    needed, h = g != 0.0, 0.0
     if HAS_ENTROPY_GRAD:
         h = tl.load(grad_entropy_ptr + cell, mask=has_token, other=0.0).to(tl.float32)
         needed = needed | (h != 0.0)
-    cols = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    out = _row_ptr(out_ptr, b, t, out_stride_b, out_stride_t) + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    start = block * BLOCK_V
+    cols = start + tl.arange(0, BLOCK_V)
+    row_ptr = _row_ptr(logits_ptr, b, t, stride_b, stride_t)
+    out_row_ptr = _row_ptr(out_ptr, b, t, out_stride_b, out_stride_t)
+    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
+    has_edge = HAS_EDGE and start + BLOCK_V >= V
     if needed:
         inv_temperature = tl.cast(inv_temperature, tl.float32)
-        x = _load_block(_row_ptr(logits_ptr, b, t, stride_b, stride_t), cols, V, stride_v, UNIT_STRIDE)
-        log_sum = tl.load(log_sum_ptr + cell)
-        log_p = (x - tl.load(row_max_ptr + cell)) * inv_temperature - log_sum
-        p = tl.exp2(log_p * LOG2E)
-        slope = g
+        row_max, log_sum, entropy = tl.load(row_max_ptr + cell), tl.load(log_sum_ptr + cell), 0.0
         if HAS_ENTROPY_GRAD:
-            slope += h * (tl.where(p == 0.0, 0.0, log_p) + tl.load(entropy_ptr + cell))
-        onehot = tl.where(cols == tl.load(ids_ptr + cell), g, 0.0)
-        tl.store(out, (onehot - slope * p) * inv_temperature, mask=cols < V)
+            entropy = tl.load(entropy_ptr + cell)
+        target_id = tl.load(ids_ptr + cell)
+        x = _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V).to(tl.float32)
+        gradient = _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
+        if (target_id >= start) & (target_id < start + BLOCK_V):
+            gradient += tl.where(tl.arange(0, BLOCK_V) == (target_id - start).to(tl.int32), g, 0.0)
+        tl.store(out, gradient * inv_temperature, mask=cols < end)
+        if has_edge:
+            edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+            tl.debug_barrier()  # every warp loads a copy: in place, none may find what another has stored
+            edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
+            edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
+            _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
     else:
-        tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < V)
+        tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < end)
+        if has_edge:
+            _store_edge(
+                out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR
+            )  # fmt: skip
 
 
 def row_statistics_fwd(
@@ -227,8 +332,9 @@ def row_statistics_fwd(
     logps, row_max, log_sum = (torch.empty(row_mask.shape, dtype=torch.float32, device=ids.device) for _ in range(3))
     entropy = torch.empty(ids.shape if return_entropy else 0, dtype=torch.float32, device=ids.device)
     first = streams[0]
-    together = all(x.dtype == first.dtype and (x.stride(-1) == 1) == (first.stride(-1) == 1) for x in streams)
-    together = together and (first.stride(-1) == 1 or len(streams) == 1)
+    alike = {(x.dtype, x.stride(-1) == 1) for x in streams}
+    whole_vectors = first.stride(-1) == 1 and first.shape[-1] * first.element_size() % 16 == 0
+    together = len(streams) == 1 or (len(alike) == 1 and whole_vectors)  # else a launch of all spills registers
     groups = [slice(0, len(streams))] if together else [slice(s, s + 1) for s in range(len(streams))]
     if ids.numel() and first.shape[-1]:
         for group in groups:
@@ -240,8 +346,11 @@ def row_statistics_fwd(
 
 def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -> None:
     n_rows, T, V = ids.numel(), ids.shape[1], streams[0].shape[-1]
+    vector = 16 // streams[0].element_size()
     block, warps = launch.row_block(V)
-    n_cells, n_blocks = row_mask.numel(), triton.cdiv(V, block)
+    block = block * vector // 8  # of the same bytes, whatever the dtype
+    chunk = launch.BLOCKS_PER_CHUNK * block
+    n_cells, n_chunks = row_mask.numel(), triton.cdiv(V, chunk)
     clean, corrupted, ablated = [*streams, *[streams[0]] * (3 - len(streams))]
     strides = [s for x in (clean, corrupted, ablated) for s in (_batch_stride(x), x.stride(1))] + [clean.stride(2)]
     flags = {
@@ -249,20 +358,24 @@ def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -
         "UNIT_STRIDE": clean.stride(2) == 1,
         "N_STREAMS": len(streams),
         "BLOCK_V": block,
+        "CHUNK_V": chunk,
+        "VECTOR": vector,
+        "HAS_EDGE": V % vector != 0,
         "num_warps": warps,
+        **launch.FUSION,
     }
     inputs = (clean, corrupted, ablated, ids, row_mask)
-    if n_blocks == 1 or not launch.split_rows(n_cells, ids.device):
+    if n_chunks == 1 or not launch.split_rows(n_cells, ids.device):
         _row_statistics_fwd_kernel[(n_cells,)](*inputs, *outputs, n_rows, T, V, *strides, 1.0 / temperature, **flags)
         return
-    partials = torch.empty(n_cells, n_blocks, 3, dtype=torch.float32, device=ids.device)
+    partials = torch.empty(n_cells, n_chunks, 3, dtype=torch.float32, device=ids.device)
     targets = torch.empty(n_cells, dtype=torch.float32, device=ids.device)
-    _row_blocks_fwd_kernel[(n_cells * n_blocks,)](
-        *inputs, partials, targets, n_rows, n_blocks, T, V, *strides, 1.0 / temperature, **flags
+    _row_chunks_fwd_kernel[(n_cells * n_chunks,)](
+        *inputs, partials, targets, n_rows, n_chunks, T, V, *strides, 1.0 / temperature, **flags
     )
-    _merge_blocks_fwd_kernel[(n_cells,)](
-        partials, targets, ids, row_mask, *outputs, n_rows, n_blocks, V, 1.0 / temperature,
-        HAS_ENTROPY=has_entropy, num_warps=1,
+    _merge_chunks_fwd_kernel[(n_cells,)](
+        partials, targets, ids, row_mask, *outputs, n_rows, n_chunks, V, 1.0 / temperature,
+        HAS_ENTROPY=has_entropy, num_warps=1, **launch.FUSION,
     )  # fmt: skip
 
 
@@ -282,7 +395,7 @@ def logits_gradient_bwd(
     if not logits.numel():
         return
     block, warps = launch.gradient_block(V)
-    n_blocks = triton.cdiv(V, block)
+    n_blocks, vector = triton.cdiv(V, block), 16 // min(logits.element_size(), out.element_size())
     unused = grad_logps
     _logits_gradient_bwd_kernel[(B * L * n_blocks,)](
         out, logits, ids, row_max, log_sum,
@@ -294,7 +407,10 @@ def logits_gradient_bwd(
         HAS_ENTROPY_GRAD=grad_entropy is not None,
         UNIT_STRIDE=logits.stride(2) == 1 and out.stride(2) == 1,
         BLOCK_V=block,
+        VECTOR=vector,
+        HAS_EDGE=V % vector != 0,
         num_warps=warps,
+        **launch.FUSION,
     )  # fmt: skip
 
 

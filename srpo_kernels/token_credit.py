@@ -231,5 +231,6 @@ def token_credit_fwd(
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,
         num_warps=launch.TOKEN_WARPS,
+        **launch.FUSION,
     )  # fmt: skip
     return out, weights, flags, means

@@ -1,9 +1,9 @@
 """Make Triton's CPU interpreter strict enough to trust.
 
-The stock interpreter (checked on triton 3.6.0 and 3.7.1) computes bf16 on raw bit patterns, reads out of bounds, wraps
-int32 silently and ignores `tl.device_assert`. `install()` mends what is wrong and turns what is silent into an error;
-`count_bytes` measures what a kernel really reads and writes. Every fix is one function and has one test in
-`tests/kernels/test_interpreter_guard.py`.
+The stock interpreter (checked on triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0) computes bf16 on raw bit patterns, reads out of
+bounds, wraps int32 silently and ignores `tl.device_assert`. `install()` mends what is wrong and turns what is silent
+into an error; `count_bytes` measures what a kernel really reads and writes. Every fix is one function and has one test
+in `tests/kernels/test_interpreter_guard.py`.
 
 Test-only, and only under TRITON_INTERPRET=1. After the first launch `triton.language` stays in its interpreted form, so
 ahead-of-time compilation needs a process of its own.
@@ -116,7 +116,8 @@ def refuse_bf16_arithmetic() -> None:
 
         return method
 
-    Builder.binary_op, Builder.create_fma = refusing(Builder.binary_op), refusing(Builder.create_fma)
+    for name in ("unary_op", "binary_op", "create_fma"):
+        setattr(Builder, name, refusing(getattr(Builder, name)))
 
     reductions = interpreter.ReduceScanOpInterface
     stock_check = reductions.check_tensor

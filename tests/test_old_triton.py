@@ -1,10 +1,11 @@
-"""The kernels on an older GPU image's versions: Python 3.12, torch 2.11, triton 3.6, numpy 2.5. Needs 5 GB."""
+"""The kernels on other versions of Triton: a GPU image's Python 3.12, torch 2.11, triton 3.6 (5 GB), and newer ones."""
 
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -52,3 +53,18 @@ def test_the_suite_passes_on_torch_2_11_and_triton_3_6(tmp_path):
     assert [v.split("+")[0] for v in found] == [pin.split("==")[1] for pin in PINS]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_") and k != "PYTHONPATH"}
     run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES, cwd=ROOT, env=inherited)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.8.0", "3.9.0"])
+def test_machine_code_and_interpreter_of_a_newer_triton(tmp_path, version):
+    """Triton alone is newer: users upgrade it under their torch."""
+    try:
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, f"triton=={version}")
+    except AssertionError as error:
+        pytest.skip(f"this version cannot be installed here: {str(error)[-300:]}")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"
+    }
+    assert run(sys.executable, "-c", "import triton; print(triton.__version__)", env=inherited).strip() == version
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES[::2], cwd=ROOT, env=inherited)

@@ -23,7 +23,8 @@ from srpo import (
 )
 
 QWEN_VOCABULARIES = (151936, 152064)  # their rows start on 16-element boundaries
-ODD_VOCABULARY = 151665
+ODD_VOCABULARY = 151665  # Qwen's own tokens: contiguous rows start anywhere, rows cut from 151936 on boundaries
+INTERNVL_VOCABULARY = 92553
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Shape:
     extra_row: bool = True
     offset: int = 0
     packed: bool = False
+    cut_from: int = 0  # columns of the rows in memory, when there are more than V
     settings: dict = field(default_factory=dict)  # of LossConfig
 
     def tokens(self, dtype: torch.dtype, value: float = 0) -> Tensor:
@@ -57,7 +59,7 @@ class Shape:
     def logits(self) -> Tensor:
         """Return logits that nothing has touched: no kernel runs."""
         rows = (self.B * self.T,) if self.packed else (self.B, self.T + self.extra_row)
-        return torch.empty(*rows, self.V, dtype=self.dtype)
+        return torch.empty(*rows, max(self.V, self.cut_from), dtype=self.dtype)[..., : self.V]
 
     def packing(self) -> dict[str, Tensor]:
         """Return `cu_seqlens` when packed."""
@@ -184,6 +186,11 @@ def _cases() -> dict[str, Case]:
         "fp16": Case(lambda: loss(fp16), "f16"),
         "fp32": Case(lambda: loss(fp32)),
         "odd V": Case(lambda: loss(Shape(V=ODD_VOCABULARY))),
+        "odd V of aligned rows": Case(lambda: loss(Shape(V=ODD_VOCABULARY, cut_from=QWEN_VOCABULARIES[0])), "bf16"),
+        "odd V of aligned rows, live": Case(
+            lambda: loss(Shape(V=ODD_VOCABULARY, cut_from=QWEN_VOCABULARIES[0]), "live"), "bf16"
+        ),
+        "InternVL": Case(lambda: loss(Shape(V=INTERNVL_VOCABULARY))),
         "V=1000": Case(lambda: loss(Shape(V=1000))),
         "hidden, scored": Case(lambda: hidden_log_probs(bf16), "f32", (4, 6)),
         "hidden, gradient": Case(lambda: hidden_log_probs(bf16), "bf16", (4, 6)),

@@ -7,6 +7,10 @@ from compiled.dry_launch import Launch
 from compiled.machine_code import MachineCode
 
 REGISTERS_PER_SM = 65536
+# Of kernels that stream aligned rows. A program of 4 warps has a block of 8 KiB on its way, and an SM needs about 23.
+LEAST_OCCUPANCY = 0.3
+LEAST_OCCUPANCY_WITH_EDGE = 0.25
+STREAMING = {"_row_statistics_fwd_kernel", "_row_chunks_fwd_kernel", "_logits_gradient_bwd_kernel"}
 
 # Arrays of a few numbers a row: the grid, an int32, bounds their size. Everything else is addressed in int64.
 ROW_SIZED = {
@@ -51,9 +55,12 @@ def _type_rules(launch: Launch, code: MachineCode) -> list[str]:
 
 
 def _width_rules(launch: Launch, code: MachineCode, element: str) -> list[str]:
-    """Demand that 128-bit accesses of the hot path alone move the streamed block."""
-    broken = []
-    for what, size in ttir.streamed_bytes(launch.compiled.asm["ttir"], element).items():
+    """Demand that 128-bit accesses of the hot path alone move the streamed block, and programs enough to hide them."""
+    broken, streamed = [], ttir.streamed_bytes(launch.compiled.asm["ttir"], element)
+    least = LEAST_OCCUPANCY_WITH_EDGE if launch.flags.get("HAS_EDGE") else LEAST_OCCUPANCY
+    if launch.kernel in STREAMING and code.occupancy < least:
+        broken.append(f"occupancy: {code.occupancy}, {code.registers} registers")
+    for what, size in streamed.items():
         counts = code.hot_path.loads if what == "load" else code.hot_path.stores
         wide = sum(count * width // 8 for width, count in counts.items() if width >= 128)
         if wide < size / code.threads:

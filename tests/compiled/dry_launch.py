@@ -2,13 +2,13 @@
 
 Inside `dry_launch(target)` ordinary host code runs on CPU tensors. Every `kernel[grid](...)` is specialised as Triton's
 JIT does it (types, alignment, values of 1), compiled for the target, recorded, and not launched: outputs keep whatever
-their memory held. Needs a process without TRITON_INTERPRET.
+their memory held, unless something is given that executes launches. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,14 +69,18 @@ class _AbsentGPU:
 
 
 @contextmanager
-def dry_launch(target: GPUTarget) -> Iterator[list[Launch]]:
-    """Record the launches of the block, compiled for `target`."""
+def dry_launch(
+    target: GPUTarget, execute: Callable[[Launch, dict[str, object]], None] | None = None
+) -> Iterator[list[Launch]]:
+    """Record the launches of the block, compiled for `target`; `execute` gets each with its arguments by name."""
     launches: list[Launch] = []
     stock_run, stock_driver = JITFunction.run, getattr(driver, "_active", None)
 
     def run(self, *args, grid, warmup, **keywords):
         compiled = stock_run(self, *args, grid=grid, warmup=True, **keywords)
         launches.append(Launch(self.fn.__name__, grid, compiled))
+        if execute is not None and not warmup:
+            execute(launches[-1], dict(zip(self.arg_names, args, strict=False)) | keywords)
         return compiled
 
     driver.set_active(_AbsentGPU(target))

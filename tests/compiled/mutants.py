@@ -27,8 +27,10 @@ class Mutant:
 
 STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE = (
     "_row_statistics_fwd_kernel", "_logits_gradient_bwd_kernel", "_token_credit_fwd_kernel", "_policy_loss_fwd_kernel",
-    "_row_blocks_fwd_kernel", "_merge_blocks_fwd_kernel",
+    "_row_chunks_fwd_kernel", "_merge_chunks_fwd_kernel",
 )  # fmt: skip
+
+_SWEEP = 'has half."""\n    return _block(vocabulary, 4096)'
 
 COMPILED = {
     "rows in int32": Mutant(
@@ -49,7 +51,7 @@ COMPILED = {
         ("precomputed",),
     ),
     "logits stay bf16": Mutant(
-        "row_statistics", (('other=float("-inf")).to(tl.float32)', 'other=float("-inf"))'),), ("does not compile",)
+        "row_statistics", (("values = x.to(tl.float32)", "values = x"),), ("does not compile",)
     ),
     "gradient in bf16": Mutant(
         "row_statistics", (("log_p = (x - ", "log_p = (x.to(tl.bfloat16) - 1 - "),), (f"{GRADIENT}: not fp32",)
@@ -57,27 +59,34 @@ COMPILED = {
     "gradient in fp64": Mutant(
         "row_statistics", (("log_p = (x - ", "log_p = (x.to(tl.float64) - "),), (f"{GRADIENT}: fp64",)
     ),
+    "large blocks": Mutant(
+        "launch",
+        ((_SWEEP, _SWEEP.replace("_block(vocabulary, 4096)", "(8192, 4)")),),
+        (f"{STATISTICS}: occupancy",),
+    ),
     "forward block spills": Mutant(
         "launch",
-        (("_block(vocabulary, 4096)", "(32768, 4)"),),
+        ((_SWEEP, _SWEEP.replace("_block(vocabulary, 4096)", "(32768, 4)")),),
         (f"{STATISTICS}: spills", f"{STATISTICS}: stack", f"{SPLIT}: spills"),
         ("plain", "few rows"),
     ),
     "gradient block spills": Mutant(
-        "launch", (("_block(vocabulary, 8192)", "(32768, 2)"),), (f"{GRADIENT}: spills", f"{GRADIENT}: stack")
+        "launch",
+        (("gradient.\"\"\"\n    return _block(vocabulary, 4096)", "gradient.\"\"\"\n    return (32768, 2)"),),
+        (f"{GRADIENT}: spills", f"{GRADIENT}: stack"),
     ),
     "token block spills": Mutant(
-        "launch", (("TOKENS_PER_BLOCK = 1024", "TOKENS_PER_BLOCK = 4096"),),
+        "launch", (("TOKENS_PER_BLOCK = 512", "TOKENS_PER_BLOCK = 4096"),),
         (f"{CREDIT}: spills", f"{LOSS}: spills"), ("precomputed",),
     ),
     "misaligned load": Mutant(
         "row_statistics",
-        (("tl.load(row_ptr + offsets,", "tl.load(row_ptr + 1 + offsets,"),),
+        (("tl.load(pointers,", "tl.load(pointers + 1,"),),
         (f"{STATISTICS}: narrow loads", f"{GRADIENT}: narrow loads", f"{SPLIT}: narrow loads"),
         ("plain", "few rows"),
     ),
     "misaligned store": Mutant(
-        "row_statistics", (("tl.store(out, (onehot", "tl.store(out + 1, (onehot"),), (f"{GRADIENT}: narrow stores",)
+        "row_statistics", (("tl.store(out, gradient", "tl.store(out + 1, gradient"),), (f"{GRADIENT}: narrow stores",)
     ),
     "alignment of the output unknown": Mutant(
         "row_statistics", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
@@ -86,7 +95,9 @@ COMPILED = {
 
 # Faults of numbers and bounds, which machine code does not show: the interpreter's guard must.
 INTERPRETED = {
-    "row mask one too far": Mutant("row_statistics", (("mask=cols < V", "mask=cols <= V"),), ("IndexError",)),
+    "row mask one too far": Mutant(
+        "row_statistics", (("cols < end,", "cols <= end,"), ("mask=cols < V", "mask=cols <= V")), ("IndexError",)
+    ),
     "credit mask one too far": Mutant("token_credit", (("tokens < end", "tokens <= end"),), ("IndexError",)),
     "loss mask one too far": Mutant("policy_loss", (("tokens < end", "tokens <= end"),), ("IndexError",)),
     "logits stay bf16": replace(COMPILED["logits stay bf16"], breaks=("cannot compute on bf16",)),

@@ -12,7 +12,8 @@ SIZES = ((1, 1), (1, 7), (2, 16), (3, 5))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks a row: a fixed order of sums is only worth something where there is more than one."""
+    """Several blocks and chunks a row: a fixed order of sums is only worth something where there is more than one."""
+    monkeypatch.setattr(launch, "BLOCKS_PER_CHUNK", 1)
     monkeypatch.setattr(launch, "row_block", lambda vocabulary: (128, 1))
     monkeypatch.setattr(launch, "gradient_block", lambda vocabulary: (128, 1))
 

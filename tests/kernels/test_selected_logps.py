@@ -135,7 +135,7 @@ def test_an_unvalidated_id_outside_the_vocabulary_forms_no_address(backend, devi
 
 
 def test_trap_17_bits_do_not_depend_on_the_number_of_rows_or_on_splitting(backend, device, monkeypatch):
-    logits, ids = peaked_logits(3, 5, 9000, device=device)
+    logits, ids = peaked_logits(3, 5, 20005, device=device)  # two chunks and an edge
     whole = selected_logps(logits, ids, return_entropy=True, backend=backend)
     alone = selected_logps(logits[1:2, 2:3], ids[1:2, 2:3], return_entropy=True, backend=backend)
     monkeypatch.setattr(launch, "split_rows", lambda n_rows, device: True)
@@ -146,8 +146,8 @@ def test_trap_17_bits_do_not_depend_on_the_number_of_rows_or_on_splitting(backen
 
 
 def test_the_split_path_masks_rows_and_handles_streams(device, monkeypatch):
-    logits, ids = peaked_logits(2, 3, 9000, device=device)
-    corrupted, _ = peaked_logits(2, 3, 9000, seed=1, device=device)
+    logits, ids = peaked_logits(2, 3, 20005, device=device)
+    corrupted, _ = peaked_logits(2, 3, 20005, seed=1, device=device)
     row_mask = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(3)).to(device) < 0.6
     arguments = {"corrupted_logits": corrupted, "return_entropy": True, "backend": "triton"}
     whole = ops.row_statistics(logits, ids, row_mask, **arguments)
