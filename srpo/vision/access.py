@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srpo.vision.cuts import is_pixels
+
 # Decoders that count positions along the mask instead of the columns, when they are given none.
 _MASK_POSITIONS = {"opt", "biogpt", "idefics"}
 # Settings that change what the head returns, where they are neither None nor 1.
@@ -85,12 +87,6 @@ def full_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[st
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-def needs_token_types(model: Any) -> bool:
-    """Say whether positions depend on `mm_token_type_ids`: Qwen2.5-VL falls back to 1-D positions without a word."""
-    rope_index = getattr(backbone_of(model), "get_rope_index", None)
-    return rope_index is not None and "mm_token_type_ids" in inspect.signature(rope_index).parameters
-
-
 def is_sharded(model: Any) -> bool:
     """Say whether parameters are spread over ranks and gathered by forward alone (FSDP, ZeRO-3): ranks run in step."""
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
@@ -139,16 +135,32 @@ def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:
         handle.remove()
 
 
-def image_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:
+def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
     backbone = backbone_of(model)
     is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
-    takes = "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
-    if not is_bare or is_sharded(backbone) or not takes or not hasattr(backbone, "get_image_features"):
+    if not is_bare or is_sharded(backbone) or not _takes_features(model) or not _takes_features(backbone):
         return None
-    accepted = inspect.signature(backbone.get_image_features).parameters
-    given = {name: x for name, x in multimodal.items() if name in accepted}
-    return {"image": backbone.get_image_features(**given, return_dict=True)}
+    runs, read = {}, set()
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        run = getattr(backbone, f"get_{kind}_features", None)
+        if run is not None and multimodal.get(f"pixel_values{suffix}") is not None:
+            runs[kind] = run
+            read.update(inspect.signature(run).parameters)
+    if not runs or any(is_pixels(name) and name not in read for name in multimodal):
+        return None
+    features = {}
+    for kind, run in runs.items():
+        accepted = inspect.signature(run).parameters
+        features[kind] = run(**{name: x for name, x in multimodal.items() if name in accepted}, return_dict=True)
+    return features
+
+
+def _takes_features(model: Any) -> bool:
+    """Say whether a forward takes features in the place of pixels; BLIP-2's asks for both."""
+    accepted = inspect.signature(model.forward).parameters
+    pixels = accepted.get("pixel_values")
+    return "mm_encoder_outputs" in accepted and (pixels is None or pixels.default is None)
 
 
 @contextmanager

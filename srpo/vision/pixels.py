@@ -30,6 +30,12 @@ _RANKS = {
     "tiled": (5, "[B, tiles, C, H, W]"),
     "images": (4, "[n_images, C, H, W]"),
 }
+# Where a layout does not know, the user's own processor does.
+PICTURE_ROAD = (
+    "corrupt the pictures and pass score_streams(corrupted_inputs=processor(text=texts, images=corrupt_images(images, "
+    "PatchMask(), seed=0), padding=True, return_tensors='pt'))"
+)
+_NAMES = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
 
@@ -39,7 +45,7 @@ def fail(error: type[SRPOError], function: str, argument: str, got: str, expecte
 
 
 class Picture(NamedTuple):
-    """One picture in `pixel_values`: its pixels `[..., C, H, W]`, the index they came from, the group it belongs to.
+    """One picture or video: its pixels `[..., C, H, W]`, the index they came from, its group, the name of its tensor.
 
     The tiles of one sample form a group; elsewhere each picture is its own.
     """
@@ -47,6 +53,11 @@ class Picture(NamedTuple):
     values: Tensor
     place: tuple[Any, ...]
     group: int
+    name: str = "pixel_values"
+
+    def one_frame(self) -> Tensor:
+        """Return the pixels without the copies of each frame that a flattened layout makes."""
+        return self.values[:, 0] if self.values.dim() == 5 else self.values
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class PixelLayout:
     """Say how `pixel_values` holds pictures. Build it with `of_model` or `of_processor`.
 
     flattened   `[sum of t*h*w, C * temporal * patch * patch]` with `image_grid_thw [n_images, 3]`; the patches of one
-                image token are adjacent (Qwen2-VL, Qwen2.5-VL, Qwen3-VL)
+                image token are adjacent (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); videos lie in `pixel_values_videos` alike
     tiled       `[B, tiles, C, H, W]`, perhaps with `pixel_attention_mask [B, tiles, H, W]`; a tile of zeros, and
                 pixels that the mask leaves out on the right and below, are padding (Idefics3, SmolVLM)
     images      `[n_images, C, H, W]` (LLaVA)
@@ -137,7 +148,7 @@ class PixelLayout:
         family = getattr(config, "model_type", type(model).__name__)
         if config is None or family not in _MODELS:
             expected = "a model of " + ", ".join(_MODELS)
-            fix = "use PixelLayout.of_processor(processor)"
+            fix = PICTURE_ROAD
             fail(ConfigError, "PixelLayout.of_model", "model", repr(family), expected, fix)
         kind, (mean, std) = _MODELS[family]
         vision, merge, temporal = config.vision_config, 1, 1
@@ -174,33 +185,46 @@ class PixelLayout:
         return self.from_bytes(pixels, like.dtype)
 
     def pictures(self, inputs: Mapping[str, Any], function: str) -> list[Picture]:
-        """Return the pictures of `inputs["pixel_values"]` in order; padding is left out."""
-        pixels = inputs["pixel_values"]
+        """Return the pictures of `inputs` in order, then the videos; padding is left out."""
+        found = []
+        for name, grid_name in _NAMES:
+            pixels = inputs.get(name)
+            if pixels is not None:
+                self._check(pixels, name, function)
+                if self.kind == "flattened":
+                    found += self._flattened(pixels, self._grid(inputs, pixels, grid_name, function), name, function)
+                elif self.kind == "tiled":
+                    found += self._tiled(pixels, inputs.get("pixel_attention_mask"), function)
+                else:
+                    found += [Picture(values, (i,), i) for i, values in enumerate(pixels)]
+        return found
+
+    def _check(self, pixels: Any, name: str, function: str) -> None:
         if not isinstance(pixels, Tensor):
             fix = "call the processor with return_tensors='pt'"
-            fail(DtypeError, function, "pixel_values", describe(pixels), "a torch.Tensor", fix)
+            fail(DtypeError, function, name, describe(pixels), "a torch.Tensor", fix)
         if pixels.dtype not in _DTYPES:
             fix = "pass the output of the processor"
-            fail(DtypeError, function, "pixel_values", describe(pixels), "floating point or uint8", fix)
+            fail(DtypeError, function, name, describe(pixels), "floating point or uint8", fix)
+        if self.kind != "flattened" and name != "pixel_values":
+            fail(ConfigError, function, name, describe(pixels), "pictures alone in this layout", PICTURE_ROAD)
         rank, shape = _RANKS[self.kind]
         if pixels.dim() != rank:
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, "pixel_values", describe(pixels), f"{shape} for kind={self.kind!r}", fix)
-        if self.kind == "flattened":
-            return self._flattened(pixels, self._grid(inputs, pixels, function), function)
-        if pixels.shape[-3] != len(self.image_mean):
+            fail(ShapeError, function, name, describe(pixels), f"{shape} for kind={self.kind!r}", fix)
+        if self.kind != "flattened" and pixels.shape[-3] != len(self.image_mean):
             expected = f"the {len(self.image_mean)} channels of image_mean"
-            fail(ShapeError, function, "pixel_values", describe(pixels), expected, "use the processor's mean and std")
-        if self.kind == "tiled":
-            return self._tiled(pixels, inputs.get("pixel_attention_mask"), function)
-        return [Picture(values, (i,), i) for i, values in enumerate(pixels)]
+            fail(ShapeError, function, name, describe(pixels), expected, "use the processor's mean and std")
 
-    def replaced(self, pixels: Tensor, pictures: list[Picture], values: list[Tensor], function: str) -> Tensor:
-        """Return a copy of `pixel_values` in which the pictures have other values of the same shape."""
-        out = pixels.clone(memory_format=torch.contiguous_format)
+    def replaced(
+        self, inputs: Mapping[str, Any], pictures: list[Picture], values: list[Tensor], function: str
+    ) -> dict[str, Tensor]:
+        """Return copies of the tensors, by name, in which the pictures have other values of the same shape."""
+        names = dict.fromkeys(picture.name for picture in pictures)
+        out = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
         for picture, new in zip(pictures, values, strict=True):
-            out[picture.place] = self._flatten(new) if self.kind == "flattened" else new
-        if self.kind == "tiled" and not torch.equal(_is_real(out), _is_real(pixels)):
+            out[picture.name][picture.place] = self._flatten(new) if self.kind == "flattened" else new
+        if self.kind == "tiled" and not all(torch.equal(_is_real(out[name]), _is_real(inputs[name])) for name in names):
             expected = "pictures with a value other than 0: the model takes a tile of zeros for padding"
             fail(ConfigError, function, "pixel_values", "a picture of zeros", expected, "use fill='grey'")
         return out
@@ -209,36 +233,36 @@ class PixelLayout:
         mean, std = torch.tensor([self.image_mean, self.image_std], device=device)[..., None, None]
         return mean, std
 
-    def _grid(self, inputs: Mapping[str, Any], pixels: Tensor, function: str) -> list[list[int]]:
-        grid = inputs.get("image_grid_thw")
-        fix = "pass the image_grid_thw that the processor returned with pixel_values"
+    def _grid(self, inputs: Mapping[str, Any], pixels: Tensor, name: str, function: str) -> list[list[int]]:
+        grid = inputs.get(name)
+        fix = f"pass the {name} that the processor returned with the pixels"
         if grid is None:
-            fail(ConfigError, function, "image_grid_thw", "None", "a tensor [n_images, 3]", fix)
+            fail(ConfigError, function, name, "None", "a tensor [n_images, 3]", fix)
         if not isinstance(grid, Tensor) or grid.dtype.is_floating_point or grid.dim() != 2 or grid.shape[1] != 3:
-            fail(ShapeError, function, "image_grid_thw", describe(grid), "an integer tensor [n_images, 3]", fix)
+            fail(ShapeError, function, name, describe(grid), "an integer tensor [n_images, 3]", fix)
         rows = grid.tolist()
         merge = self.merge_size
         for t, h, w in rows:
             if min(t, h, w) < 1 or h % merge or w % merge:
                 expected = f"positive (t, h, w), h and w multiples of merge_size={merge}"
-                fail(ShapeError, function, "image_grid_thw", f"({t}, {h}, {w})", expected, fix)
+                fail(ShapeError, function, name, f"({t}, {h}, {w})", expected, fix)
         n = sum(t * h * w for t, h, w in rows)
         if n != len(pixels):
-            fail(ShapeError, function, "image_grid_thw", f"{n} patches", f"{len(pixels)}, those of pixel_values", fix)
+            fail(ShapeError, function, name, f"{n} patches", f"{len(pixels)}, those of the pixels", fix)
         return rows
 
-    def _flattened(self, pixels: Tensor, grid: list[list[int]], function: str) -> list[Picture]:
+    def _flattened(self, pixels: Tensor, grid: list[list[int]], name: str, function: str) -> list[Picture]:
         C, T, m, p = len(self.image_mean), self.temporal_patch_size, self.merge_size, self.patch_size
         if pixels.shape[1] != C * T * p * p:
             expected = f"{C * T * p * p} values per patch ({C} channels, {T} frames, {p} x {p} pixels)"
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, "pixel_values", describe(pixels), expected, fix)
+            fail(ShapeError, function, name, describe(pixels), expected, fix)
         found, start = [], 0
         for index, (t, h, w) in enumerate(grid):
             place = slice(start, start + t * h * w)
             blocks = pixels[place].reshape(t, h // m, w // m, m, m, C, T, p, p)
             values = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t, T, C, h * p, w * p)
-            found.append(Picture(values, (place,), index))
+            found.append(Picture(values, (place,), index, name))
             start = place.stop
         return found
 
