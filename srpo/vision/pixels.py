@@ -68,7 +68,7 @@ class PixelLayout:
                 image token are adjacent (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); videos lie in `pixel_values_videos` alike
     tiled       `[B, tiles, C, H, W]`, perhaps with `pixel_attention_mask [B, tiles, H, W]`; a tile of zeros, and
                 pixels that the mask leaves out on the right and below, are padding (Idefics3, SmolVLM)
-    images      `[n_images, C, H, W]` (LLaVA)
+    images      `[n_images, C, H, W]` (LLaVA), perhaps with `image_sizes [n_images, 2]` inside of padding (Pixtral)
 
     Args:
         kind: one of the three.
@@ -114,11 +114,11 @@ class PixelLayout:
         A processor of Idefics3 knows the merged patch only: it is `patch_size` here, with `merge_size` 1.
 
         Raises:
-            ConfigError: the processor does not say how large its patches are.
+            ConfigError: the processor does not say how large its patches are, or makes several pictures of one.
         """
         images = getattr(processor, "image_processor", processor)
         n_tokens, edges = getattr(processor, "image_seq_len", None), getattr(images, "max_image_size", None)
-        kind: Kind
+        kind: Kind = "images"
         temporal = 1
         if hasattr(images, "temporal_patch_size") and hasattr(images, "merge_size"):
             kind, patch, merge = "flattened", images.patch_size, images.merge_size
@@ -126,11 +126,10 @@ class PixelLayout:
         elif n_tokens and edges:
             kind, merge, patch = "tiled", 1, round(edges["longest_edge"] / n_tokens**0.5)
         elif isinstance(getattr(processor, "patch_size", None), int) and not edges:
-            kind, merge, patch = "images", 1, processor.patch_size
+            patch, merge = processor.patch_size, _probed_merge(processor, images)
         else:
-            fix = "use PixelLayout.of_model(model), or write PixelLayout(kind, patch_size, ...) yourself"
             expected = "a processor that knows the size of its patches"
-            fail(ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, fix)
+            fail(ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, PICTURE_ROAD)
         # scale is 1 for every published processor
         scale = 255.0 * images.rescale_factor if getattr(images, "do_rescale", True) else 255.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ((0.0,) * 3, (1.0,) * 3)
@@ -196,7 +195,7 @@ class PixelLayout:
                 elif self.kind == "tiled":
                     found += self._tiled(pixels, inputs.get("pixel_attention_mask"), function)
                 else:
-                    found += [Picture(values, (i,), i) for i, values in enumerate(pixels)]
+                    found += self._images(pixels, inputs.get("image_sizes"))
         return found
 
     def _check(self, pixels: Any, name: str, function: str) -> None:
@@ -266,6 +265,14 @@ class PixelLayout:
             start = place.stop
         return found
 
+    def _images(self, pixels: Tensor, sizes: Any) -> list[Picture]:
+        whole = list(pixels.shape[-2:])
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) and sizes.shape == (len(pixels), 2) else []
+        if [max(side) for side in zip(*sizes, strict=True)] != whole:  # sizes of pictures before they were resized
+            sizes = [whole] * len(pixels)
+        places = [(i, slice(None), slice(h), slice(w)) for i, (h, w) in enumerate(sizes)]
+        return [Picture(pixels[place], place, place[0]) for place in places]
+
     def _flatten(self, values: Tensor) -> Tensor:
         m, p = self.merge_size, self.patch_size
         t, T, C, H, W = values.shape
@@ -296,3 +303,21 @@ class PixelLayout:
 def _is_real(pixels: Tensor) -> Tensor:
     """Tell the tiles `[B, tiles]` that are not padding as the models do: by a value that is not 0."""
     return (pixels != 0).flatten(2).any(dim=2)
+
+
+def _probed_merge(processor: Any, images: Any) -> int:
+    """Return how many patches per side an image token has, from what a processor makes of a picture.
+
+    Raises: ConfigError, where it makes several of one.
+    """
+    from PIL import Image
+
+    size = 2048  # of a picture that is cut into tiles wherever pictures are
+    pixels = images(images=[Image.new("RGB", (size, size), "grey")], return_tensors="pt")["pixel_values"]
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if pixels.dim() != 4 or len(pixels) != 1 or count is None:
+        got, expected = f"{type(processor).__name__}, which makes {describe(pixels)} of a picture", "[1, C, H, W]"
+        fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+    (n_tokens,) = count(image_sizes=[[size, size]])["num_image_tokens"]
+    area = pixels.shape[-2] * pixels.shape[-1]
+    return max(1, round((area / n_tokens) ** 0.5 / processor.patch_size))

@@ -418,7 +418,7 @@ def test_noise_has_the_width_that_was_asked_for_and_is_clipped(sigma, level, see
         (lambda: PixelLayout("images", 4, 0.5, 0.5), "image_mean got 0.5, expected one number per channel"),
         (lambda: PixelLayout("images", 4, (0.5,) * 3, (0.5, 0.5, 0.0)), "image_std got"),
         (lambda: PixelLayout.of_model(torch.nn.Linear(1, 1)), "'Linear', expected a model of qwen2_vl"),
-        (lambda: PixelLayout.of_processor(None), r"processor got NoneType.*use PixelLayout.of_model\(model\)"),
+        (lambda: PixelLayout.of_processor(None), r"processor got NoneType.*corrupted_inputs=processor"),
     ],
 )
 def test_bad_settings(construct, message):
