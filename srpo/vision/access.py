@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from srpo.vision.cuts import is_pixels
 
-# Decoders that count positions along the mask instead of the columns, when they are given none.
-_MASK_POSITIONS = {"opt", "biogpt", "idefics"}
 # Settings that change what the head returns, where they are neither None nor 1.
 _LOGIT_CHANGES = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "lm_head_multiplier",
@@ -66,25 +64,64 @@ def counts_columns(model: Any, n_columns: int) -> bool:
     return used and any(window is not None and window < n_columns for window in windows)
 
 
-def full_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
-    """Return the position ids that the model gives a full sequence; None for a model that takes none.
+@contextmanager
+def positions_given(model: Any, B: int, S: int) -> Iterator[list[Tensor]]:
+    """Collect the position ids `[B, S]`, or `[k, B, S]`, that a decoder gives itself in the forwards inside."""
+    found: list[Tensor] = []
+    places = {}
+    for module in decoder_of(model).modules():
+        names = list(inspect.signature(module.forward).parameters)
+        if "position_ids" in names:
+            places[module] = names.index("position_ids")
 
-    mRoPE positions come from the model's own `get_rope_index`. Other decoders count columns, left padding included; a
-    few count the mask.
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = places[module]
+        x = kwargs.get("position_ids", args[place] if place < len(args) else None)
+        if not found and isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[-1] == S and x.shape[-2] in (1, B):
+            found.append(x.expand(*x.shape[:-2], B, S))
+
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in places]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the language half of a model."""
+    inner = _with_head(model)
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else backbone_of(model)
+
+
+def takes_positions(model: Any) -> bool:
+    """Say whether a forward takes position ids."""
+    return "position_ids" in inspect.signature(backbone_of(model).forward).parameters
+
+
+def counted_positions(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
+    """Return the positions of a decoder that embeds them without telling: it counts columns, or the mask, or neither.
+
+    Two short sequences, one of them padded, show which of the two changes nothing.
     """
-    backbone = backbone_of(model)
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    device = ids.device
+    few, visible = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), torch.tensor([[0, 1, 1], [1, 1, 1]]).to(device)
+
+    def logits(**positions: Tensor) -> Tensor:
+        out = model(input_ids=few, attention_mask=visible, use_cache=False, **positions).logits
+        return out[:, -1].float()
+
+    own = logits()
+    columns, counted = torch.arange(3, device=device).expand(2, 3), _count(visible)
+    errors = [float((logits(position_ids=x) - own).abs().max()) for x in (columns, counted)]
+    if min(errors) > 0.02 * float(own.std()):
         return None
-    rope_index = getattr(backbone, "get_rope_index", None)
-    if rope_index is not None and any(multimodal.get(f"{kind}_grid_thw") is not None for kind in ("image", "video")):
-        placeable = torch.where(mask.any(dim=1, keepdim=True), mask, 1)  # a row without tokens has no positions
-        known = dict(multimodal, input_ids=ids, attention_mask=placeable)
-        accepted = inspect.signature(rope_index).parameters
-        return rope_index(**{name: x for name, x in known.items() if name in accepted})[0]
-    configs = (backbone.config, backbone.config.get_text_config())
-    if any(config.model_type in _MASK_POSITIONS for config in configs):
-        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.arange(ids.shape[1], device=device).expand_as(ids) if errors[0] <= errors[1] else _count(mask)
+
+
+def _count(mask: Tensor) -> Tensor:
+    return ((mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def is_sharded(model: Any) -> bool:
@@ -165,8 +202,9 @@ def _takes_features(model: Any) -> bool:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off, and give each submodule its own training mode back."""
+    """Switch dropout off; give each submodule its own training mode back, and what mRoPE remembers of a forward."""
     training = [module for module in model.modules() if module.training]
+    remembered = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     for module in training:
         module.training = False
     try:
@@ -174,3 +212,5 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module, deltas in remembered:
+            module.rope_deltas = deltas

@@ -38,7 +38,9 @@ class ModelInputs:
 
     def kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model."""
-        named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        mask = self.attention_mask
+        mask = torch.where(mask.any(dim=1, keepdim=True), mask, torch.ones_like(mask))  # mRoPE asks for a token a row
+        named = {"input_ids": self.input_ids, "attention_mask": mask}
         if self.position_ids is not None:
             named["position_ids"] = self.position_ids
         return named | {name: x for name, x in self.multimodal.items() if name not in _CALLER_ONLY}

@@ -16,15 +16,17 @@ from srpo.loss import selected_logps
 from srpo.roles import Role
 from srpo.vision.ablation import hide, swap
 from srpo.vision.access import (
+    counted_positions,
     counts_columns,
     evaluating,
-    full_positions,
     has_head,
     head_of,
     head_states,
     is_sharded,
     keeps_state,
     own_logits,
+    positions_given,
+    takes_positions,
     vision_features,
 )
 from srpo.vision.contexts import check_corrupted, corrupted_context
@@ -146,10 +148,6 @@ def score_streams(
     elif "corrupted" in streams:
         settings = (corrupted_inputs, corruption, generator, pixel_layout)
         corrupted = corrupted_context(call, model, whole, T, *settings)
-    if whole.position_ids is None:
-        positions = full_positions(model, input_ids, attention_mask, whole.multimodal)
-        whole = replace(whole, position_ids=positions)
-        corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
     scorer = _Scorer(model, temperature, method or "delete", streams)
     parts = []
     with evaluating(model):
@@ -182,14 +180,15 @@ class _Scorer:
         shares = "ablated" in self.wanted and inputs.has_pixels() and bool(reasoned.any())
         if shares:
             inputs = inputs.with_features(vision_features(self.model, inputs.multimodal))
-        logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
+        with positions_given(self.model, *inputs.input_ids.shape) as positions:
+            logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
             results[1] = self._without_image(inputs, corrupted, seen, before, ids, logps)
         if "ablated" in self.wanted:
             results[2] = logps
             if reasoned.any():
-                context, source = self._ablated(inputs, seen, other)
+                context, source = self._ablated(inputs, seen, other, positions)
                 results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned), logps)
             else:
                 self._keep_in_step(inputs)
@@ -222,13 +221,23 @@ class _Scorer:
             own_logits(self.model, inputs.kwargs(), 1)
 
     def _ablated(
-        self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None
+        self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None, positions: list[Tensor]
     ) -> tuple[ModelInputs, Tensor]:
-        if other is None:
-            return hide(inputs, seen, cut=self.method == "delete")
-        context, source = swap(inputs, seen, *other)
-        ids, mask = context.input_ids, context.attention_mask
-        return replace(context, position_ids=full_positions(self.model, ids, mask, context.multimodal)), source
+        if other is not None:
+            return swap(inputs, seen, *other)
+        if inputs.position_ids is None and takes_positions(self.model):
+            found = positions[0] if positions else self._counted(inputs)
+            inputs = replace(inputs, position_ids=found)
+        return hide(inputs, seen, cut=self.method == "delete")
+
+    def _counted(self, inputs: ModelInputs) -> Tensor:
+        found = counted_positions(self.model, inputs.input_ids, inputs.attention_mask)
+        if found is None:
+            call = checks.Call("score_streams", inputs.input_ids, "input_ids")
+            fix = "pass position_ids of prompt and completion, or streams=('clean', 'corrupted')"
+            got, expected = f"{type(self.model).__name__}, whose positions do not show", "positions to keep"
+            call.fail(ConfigError, "model", got, expected, fix)
+        return found
 
     def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Any:
         """Score `ids` `[B, T]` from the states at columns `source` where `mask` is set, as `selected_logps`."""
