@@ -100,6 +100,20 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(backbone_of(model).forward).parameters
 
 
+def rope_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
+    """Return the mRoPE positions of a whole batch, before it is split: HunYuan numbers pictures through all of it."""
+    rope_index = getattr(backbone_of(model), "get_rope_index", None)
+    if rope_index is None or not takes_positions(model) or not any("grid" in name for name in multimodal):
+        return None
+    placeable = torch.where(mask.any(dim=1, keepdim=True), mask, torch.ones_like(mask))
+    known = dict(multimodal, input_ids=ids, attention_mask=placeable)
+    accepted = inspect.signature(rope_index).parameters.values()
+    needed = {x.name for x in accepted if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD}
+    if not needed <= known.keys():
+        return None
+    return rope_index(**{x.name: known[x.name] for x in accepted if x.name in known})[0]
+
+
 def counted_positions(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
     """Return the positions of a decoder that embeds them without telling: it counts columns, or the mask, or neither.
 
@@ -112,9 +126,12 @@ def counted_positions(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
         out = model(input_ids=few, attention_mask=visible, use_cache=False, **positions).logits
         return out[:, -1].float()
 
-    own = logits()
-    columns, counted = torch.arange(3, device=device).expand(2, 3), _count(visible)
-    errors = [float((logits(position_ids=x) - own).abs().max()) for x in (columns, counted)]
+    columns, counted = torch.arange(3, device=device).repeat(2, 1), _count(visible)
+    try:
+        own = logits()
+        errors = [float((logits(position_ids=x) - own).abs().max()) for x in (columns, counted)]
+    except (TypeError, ValueError, RuntimeError):  # Kosmos-2 does without neither picture nor positions
+        return None
     if min(errors) > 0.02 * float(own.std()):
         return None
     return torch.arange(ids.shape[1], device=device).expand_as(ids) if errors[0] <= errors[1] else _count(mask)

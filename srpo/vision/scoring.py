@@ -26,6 +26,7 @@ from srpo.vision.access import (
     keeps_state,
     own_logits,
     positions_given,
+    rope_positions,
     takes_positions,
     vision_features,
 )
@@ -148,6 +149,10 @@ def score_streams(
     elif "corrupted" in streams:
         settings = (corrupted_inputs, corruption, generator, pixel_layout)
         corrupted = corrupted_context(call, model, whole, T, *settings)
+    if cuts is not None and whole.position_ids is None:
+        positions = rope_positions(model, input_ids, attention_mask, whole.multimodal)
+        whole = replace(whole, position_ids=positions)
+        corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
     scorer = _Scorer(model, temperature, method or "delete", streams)
     parts = []
     with evaluating(model):
