@@ -38,6 +38,12 @@ def has_head(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(inner, "base_model") and head_of(model) is not None
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Say whether tokens are made by a decoder that reads an encoder: a completion there is no end of its input."""
+    config = backbone_of(model).config
+    return any(getattr(x, "is_encoder_decoder", False) for x in (config, config.get_text_config()))
+
+
 def _with_head(model: Any) -> Any:
     model = getattr(model, "_orig_mod", model)
     while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):

@@ -134,7 +134,12 @@ class PixelLayout:
         scale = 255.0 * images.rescale_factor if getattr(images, "do_rescale", True) else 255.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ((0.0,) * 3, (1.0,) * 3)
         scaled_mean, scaled_std = (tuple(x / scale for x in values) for values in (mean, std))
-        return cls(kind, patch, scaled_mean, scaled_std, merge, temporal)
+        layout = cls(kind, patch, scaled_mean, scaled_std, merge, temporal)
+        if kind != "tiled" and not layout._reads_back(images):
+            got = f"{type(images).__name__}, whose pixels are not where this class finds them"
+            expected = "a processor of Qwen2-VL's or LLaVA's kind"
+            fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+        return layout
 
     @classmethod
     def of_model(cls, model: Any) -> Self:
@@ -227,6 +232,23 @@ class PixelLayout:
             expected = "pictures with a value other than 0: the model takes a tile of zeros for padding"
             fail(ConfigError, function, "pixel_values", "a picture of zeros", expected, "use fill='grey'")
         return out
+
+    def _reads_back(self, images: Any) -> bool:
+        """Say whether a picture that the processor does not resize is found again, pixel by pixel."""
+        from PIL import Image
+
+        def pictures(image: Any) -> list[Picture]:
+            return self.pictures(images(images=[image], return_tensors="pt"), "PixelLayout.of_processor")
+
+        try:
+            H, W = pictures(Image.new("RGB", (448, 448), "grey"))[0].values.shape[-2:]
+            noise = torch.randint(256, (H, W, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            found = pictures(Image.fromarray(noise.numpy()))
+        except SRPOError:
+            return False
+        frames = [x.values.flatten(0, -4) if x.values.dim() > 3 else x.values[None] for x in found]
+        same = [self.to_bytes(x).int() - noise.permute(2, 0, 1) for x in frames if x.shape[-2:] == (H, W)]
+        return len(same) == len(found) == 1 and bool((same[0].abs() <= 1).all())
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor([self.image_mean, self.image_std], device=device)[..., None, None]

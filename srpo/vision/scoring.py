@@ -22,6 +22,7 @@ from srpo.vision.access import (
     has_head,
     head_of,
     head_states,
+    is_encoder_decoder,
     is_sharded,
     keeps_state,
     own_logits,
@@ -125,6 +126,9 @@ def score_streams(
     if not has_head(model):
         fix = "pass the model that returns logits, not its backbone"
         call.fail(ConfigError, "model", type(model).__name__, "a transformers model with a language head", fix)
+    if is_encoder_decoder(model):
+        fix = "score such models with their own forward and pass the log-probs to role_weighted_grpo_loss"
+        call.fail(ConfigError, "model", type(model).__name__, "a decoder, whose input ends with the completion", fix)
     if input_ids.dim() != 2:
         call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
     streams = _streams_of(call, streams)
