@@ -15,7 +15,8 @@ from srpo.vision.corruption import RGB, Cell, Corruption, PatchMask, image_of, p
 from srpo.vision.pixels import fail
 from srpo.vision.seeds import Prompt, bytes_of, picture_bytes, seed_of
 
-_CELLS_A_SIDE = 16  # of the shorter side, where no processor tells
+# Cells where no processor tells: so many on the shorter side, and none so small that resizing would blur it away.
+_CELLS_A_SIDE, _SMALLEST = 16, 8
 
 
 def corrupt_images(
@@ -34,7 +35,7 @@ def corrupt_images(
         images: a list of PIL pictures, or of what each sequence has: a picture, None, or a list of pictures. A list in
             the place of a picture is a video: all its frames get the same corruption.
         corruption: one of `srpo.vision.corruption`. A `PatchMask` without `cell` cuts a picture into cells of one image
-            token where `processor` tells how many a picture takes, else of 1/16 of the shorter side.
+            token where `processor` tells how many a picture takes, else of 1/16 of the shorter side, or 8 pixels.
         seed: a number, or for each entry of `images` its prompt, as text or token ids. A picture is corrupted by the
             seed of its own pixels and of this: alike in all rollouts of a prompt, wherever they are in whatever batch.
         processor: of the model, which is asked for the number of image tokens.
@@ -110,7 +111,7 @@ def _cells(corruption: Corruption, frames: Tensor, processor: Any) -> Cell:
     if own is not None:
         return own
     H, W = frames.shape[-2:]
-    side = min(H, W) / _CELLS_A_SIDE
+    side = max(min(H, W) / _CELLS_A_SIDE, _SMALLEST)
     with contextlib.suppress(Exception):  # a private method of many authors, which few of them call
         (n,) = processor._get_num_multimodal_tokens(image_sizes=[[H, W]])["num_image_tokens"]
         side = math.sqrt(H * W / n)
