@@ -28,6 +28,7 @@ from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
 from srpo.stage import LossOutput
 from srpo.vision.ablation import perception_tokens
 from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
+from srpo.vision.pictures import corrupt_images
 from srpo.vision.scoring import StreamLogps, score_streams
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "ShapeError",
     "ShuffleImages",
     "StreamLogps",
+    "corrupt_images",
     "group_advantages",
     "linear_strength",
     "papo_loss_term",

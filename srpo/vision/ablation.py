@@ -32,7 +32,8 @@ def hide(inputs: ModelInputs, seen: Tensor, *, cut: bool) -> tuple[ModelInputs, 
 def swap(inputs: ModelInputs, seen: Tensor, other_ids: Tensor, other_mask: Tensor) -> tuple[ModelInputs, Tensor]:
     """Put the tokens `other_ids` `[B, M]` in the place of the completion tokens `seen` `[B, T]`.
 
-    Return the inputs, whose positions are still missing, and the column that predicts each of the remaining tokens.
+    Return the inputs, which have the positions that the model gives them, and the column that predicts each of the
+    remaining tokens.
     """
     (B, S), T, M = inputs.input_ids.shape, seen.shape[1], other_ids.shape[1]
     gone = functional.pad(seen, (S - T, 0))
@@ -43,8 +44,12 @@ def swap(inputs: ModelInputs, seen: Tensor, other_ids: Tensor, other_mask: Tenso
     last = 2 * S
     keys = torch.cat([torch.where(gone, last, 2 * columns), torch.where(other_mask, 2 * first - 1, last)], dim=1)
     order = keys.argsort(dim=1, stable=True)
+    # What the first hidden token had, the others have: no picture, and the same pictures in sight.
+    at_first = first.clamp(max=S - 1).expand(B, M)
+    like_first = inputs.columns(at_first).multimodal
     aligned = {
-        name: functional.pad(x, (0, M)) if inputs.is_aligned(name, x) else x for name, x in inputs.multimodal.items()
+        name: torch.cat([x, like_first[name]], dim=1) if inputs.is_aligned(name, x) else x
+        for name, x in inputs.multimodal.items()
     }
     mask = inputs.attention_mask
     widened = replace(

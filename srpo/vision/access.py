@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Decoders that count positions along the mask instead of the columns, when they are given none.
-_MASK_POSITIONS = {"opt", "biogpt", "idefics"}
+from srpo.vision.cuts import is_pixels
+
 # Settings that change what the head returns, where they are neither None nor 1.
 _LOGIT_CHANGES = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "lm_head_multiplier",
@@ -38,6 +38,12 @@ def has_head(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(inner, "base_model") and head_of(model) is not None
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Say whether tokens are made by a decoder that reads an encoder: a completion there is no end of its input."""
+    config = backbone_of(model).config
+    return any(getattr(x, "is_encoder_decoder", False) for x in (config, config.get_text_config()))
+
+
 def _with_head(model: Any) -> Any:
     model = getattr(model, "_orig_mod", model)
     while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
@@ -64,31 +70,81 @@ def counts_columns(model: Any, n_columns: int) -> bool:
     return used and any(window is not None and window < n_columns for window in windows)
 
 
-def full_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
-    """Return the position ids that the model gives a full sequence; None for a model that takes none.
+@contextmanager
+def positions_given(model: Any, B: int, S: int) -> Iterator[list[Tensor]]:
+    """Collect the position ids `[B, S]`, or `[k, B, S]`, that a decoder gives itself in the forwards inside."""
+    found: list[Tensor] = []
+    places = {}
+    for module in decoder_of(model).modules():
+        names = list(inspect.signature(module.forward).parameters)
+        if "position_ids" in names:
+            places[module] = names.index("position_ids")
 
-    mRoPE positions come from the model's own `get_rope_index`. Other decoders count columns, left padding included; a
-    few count the mask.
-    """
-    backbone = backbone_of(model)
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return None
-    rope_index = getattr(backbone, "get_rope_index", None)
-    if rope_index is not None and any(multimodal.get(f"{kind}_grid_thw") is not None for kind in ("image", "video")):
-        placeable = torch.where(mask.any(dim=1, keepdim=True), mask, 1)  # a row without tokens has no positions
-        known = dict(multimodal, input_ids=ids, attention_mask=placeable)
-        accepted = inspect.signature(rope_index).parameters
-        return rope_index(**{name: x for name, x in known.items() if name in accepted})[0]
-    configs = (backbone.config, backbone.config.get_text_config())
-    if any(config.model_type in _MASK_POSITIONS for config in configs):
-        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = places[module]
+        x = kwargs.get("position_ids", args[place] if place < len(args) else None)
+        if not found and isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[-1] == S and x.shape[-2] in (1, B):
+            found.append(x.expand(*x.shape[:-2], B, S))
+
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in places]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def needs_token_types(model: Any) -> bool:
-    """Say whether positions depend on `mm_token_type_ids`: Qwen2.5-VL falls back to 1-D positions without a word."""
+def decoder_of(model: Any) -> nn.Module:
+    """Return the language half of a model."""
+    inner = _with_head(model)
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else backbone_of(model)
+
+
+def takes_positions(model: Any) -> bool:
+    """Say whether a forward takes position ids."""
+    return "position_ids" in inspect.signature(backbone_of(model).forward).parameters
+
+
+def rope_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
+    """Return the mRoPE positions of a whole batch, before it is split: HunYuan numbers pictures through all of it."""
     rope_index = getattr(backbone_of(model), "get_rope_index", None)
-    return rope_index is not None and "mm_token_type_ids" in inspect.signature(rope_index).parameters
+    if rope_index is None or not takes_positions(model) or not any("grid" in name for name in multimodal):
+        return None
+    placeable = torch.where(mask.any(dim=1, keepdim=True), mask, torch.ones_like(mask))
+    known = dict(multimodal, input_ids=ids, attention_mask=placeable)
+    accepted = inspect.signature(rope_index).parameters.values()
+    needed = {x.name for x in accepted if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD}
+    if not needed <= known.keys():
+        return None
+    return rope_index(**{x.name: known[x.name] for x in accepted if x.name in known})[0]
+
+
+def counted_positions(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
+    """Return the positions of a decoder that embeds them without telling: it counts columns, or the mask, or neither.
+
+    Two short sequences, one of them padded, show which of the two changes nothing.
+    """
+    device = ids.device
+    few, visible = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), torch.tensor([[0, 1, 1], [1, 1, 1]]).to(device)
+
+    def logits(**positions: Tensor) -> Tensor:
+        out = model(input_ids=few, attention_mask=visible, use_cache=False, **positions).logits
+        return out[:, -1].float()
+
+    columns, counted = torch.arange(3, device=device).repeat(2, 1), _count(visible)
+    try:
+        own = logits()
+        errors = [float((logits(position_ids=x) - own).abs().max()) for x in (columns, counted)]
+    except (TypeError, ValueError, RuntimeError):  # Kosmos-2 does without neither picture nor positions
+        return None
+    if min(errors) > 0.02 * float(own.std()):
+        return None
+    return torch.arange(ids.shape[1], device=device).expand_as(ids) if errors[0] <= errors[1] else _count(mask)
+
+
+def _count(mask: Tensor) -> Tensor:
+    return ((mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def is_sharded(model: Any) -> bool:
@@ -139,22 +195,39 @@ def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:
         handle.remove()
 
 
-def image_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:
+def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
     backbone = backbone_of(model)
     is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
-    takes = "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
-    if not is_bare or is_sharded(backbone) or not takes or not hasattr(backbone, "get_image_features"):
+    if not is_bare or is_sharded(backbone) or not _takes_features(model) or not _takes_features(backbone):
         return None
-    accepted = inspect.signature(backbone.get_image_features).parameters
-    given = {name: x for name, x in multimodal.items() if name in accepted}
-    return {"image": backbone.get_image_features(**given, return_dict=True)}
+    runs, read = {}, set()
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        run = getattr(backbone, f"get_{kind}_features", None)
+        if run is not None and multimodal.get(f"pixel_values{suffix}") is not None:
+            runs[kind] = run
+            read.update(inspect.signature(run).parameters)
+    if not runs or any(is_pixels(name) and name not in read for name in multimodal):
+        return None
+    features = {}
+    for kind, run in runs.items():
+        accepted = inspect.signature(run).parameters
+        features[kind] = run(**{name: x for name, x in multimodal.items() if name in accepted}, return_dict=True)
+    return features
+
+
+def _takes_features(model: Any) -> bool:
+    """Say whether a forward takes features in the place of pixels; BLIP-2's asks for both."""
+    accepted = inspect.signature(model.forward).parameters
+    pixels = accepted.get("pixel_values")
+    return "mm_encoder_outputs" in accepted and (pixels is None or pixels.default is None)
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off, and give each submodule its own training mode back."""
+    """Switch dropout off; give each submodule its own training mode back, and what mRoPE remembers of a forward."""
     training = [module for module in model.modules() if module.training]
+    remembered = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     for module in training:
         module.training = False
     try:
@@ -162,3 +235,5 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module, deltas in remembered:
+            module.rope_deltas = deltas

@@ -1,14 +1,15 @@
 """Corrupt pictures and never their geometry: the contrast stream of perception tokens.
 
+    dark = corrupt_images(images, PatchMask(probability=0.6), seed=0)               # then the user's own processor
     inputs = PatchMask(probability=0.6).on_inputs(inputs, PixelLayout.of_model(model), generator=seed)
 
-Each corruption works on the pictures before a processor (`on_images`) and on what the processor made of them
-(`on_inputs`); both give the same pixels for the same seed where the processor does not resize. Shapes, grids, masks
-and token counts stay.
+Each corruption works on the pictures before a processor, which serves every family and masks a picture once however
+often it appears, and on what the processor made of them (`on_inputs`), where the layout is known; both give the same
+pixels for the same seed where the processor does not resize. Shapes, grids, masks and token counts stay.
 
-One 63-bit seed per picture is drawn from the generator, in order. So the same seed gives the same corruption in every
-process and on every device, a batch that is split under one generator gives what the whole batch gives, and the global
-generators of torch, numpy and random are not touched.
+`corrupt_images` seeds each picture by its bytes and its prompt. The two methods draw one 63-bit seed per picture from a
+generator, in order. So the same seed gives the same corruption in every process and on every device, a batch that is
+split gives what the whole batch gives, and the global generators of torch, numpy and random are not touched.
 """
 
 import hashlib
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Blank", "Blur", "GaussianNoise", "PatchMask", "PixelLayout", "ShuffleImages"]
 
+Cell = int | tuple[int, int]  # pixels per side, or into how many rows and columns a picture is cut
+
 _LEVELS = {"black": 0, "grey": 127}  # grey is not 0 in any published normalisation: a picture of zeros is padding
-_RGB = PixelLayout("images", 1, (0.0,) * 3, (1.0,) * 3)  # pictures outside a processor: uint8 [3, H, W]
+RGB = PixelLayout("images", 1, (0.0,) * 3, (1.0,) * 3)  # pictures outside a processor: uint8 [3, H, W]
 
 
-class _Corruption:
+class Corruption:
     """The two entrances that all corruptions share."""
 
     is_per_picture = True  # what a picture becomes does not depend on the others
@@ -62,11 +65,10 @@ class _Corruption:
                 fix = "pass a flat list of pictures"
                 fail(DtypeError, function, "images", describe(image), "PIL.Image.Image items", fix)
         cell = self._cell_of(cell, function)
-        arrays = [np.asarray(image.convert("RGB")) for image in images]
-        pixels = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+        pixels = [pixels_of(image) for image in images]
         draws = _draws(generator, len(pixels), function)
-        corrupted = self._corrupt_all(pixels, list(range(len(pixels))), _RGB, cell, draws)
-        return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in corrupted]
+        corrupted = self._corrupt_all(pixels, list(range(len(pixels))), RGB, [cell] * len(pixels), draws)
+        return [image_of(x) for x in corrupted]
 
     @torch.no_grad()
     def on_inputs(
@@ -75,8 +77,8 @@ class _Corruption:
         """Corrupt what a processor made of pictures.
 
         Args:
-            inputs: keyword arguments of the model. `pixel_values` is read, `image_grid_thw` with a flattened layout
-                and `pixel_attention_mask` with a tiled one; other keys, videos too, pass through as the same objects.
+            inputs: keyword arguments of the model. `pixel_values` is read, with a flattened layout `image_grid_thw`
+                and the same two of videos, with a tiled one `pixel_attention_mask`; others pass through as they are.
             layout: where the pictures lie in `pixel_values`.
             generator: a CPU generator, which advances by one draw per picture, or a seed.
 
@@ -95,13 +97,15 @@ class _Corruption:
         if not isinstance(layout, PixelLayout):
             fail(ConfigError, function, "layout", describe(layout), "a PixelLayout", "pass PixelLayout.of_model(model)")
         cell = self._cell_of(layout.merged_patch, function)
-        pictures = [] if inputs.get("pixel_values") is None else layout.pictures(inputs, function)
+        pictures = layout.pictures(inputs, function)
         draws = _draws(generator, len(pictures), function)
         if not pictures:
             return dict(inputs)
-        groups = [picture.group for picture in pictures]
-        corrupted = self._corrupt_all([picture.values for picture in pictures], groups, layout, cell, draws)
-        return {**inputs, "pixel_values": layout.replaced(inputs["pixel_values"], pictures, corrupted, function)}
+        groups = [(picture.name, picture.group) for picture in pictures]
+        corrupted = self._corrupt_all(
+            [picture.values for picture in pictures], groups, layout, [cell] * len(pictures), draws
+        )
+        return {**inputs, **layout.replaced(inputs, pictures, corrupted, function)}
 
     def _cell_of(self, merged_patch: int | None, function: str) -> int:
         """Check the size of an image token in pixels, and return the size of a cell."""
@@ -113,27 +117,30 @@ class _Corruption:
     def _corrupt_all(
         self,
         pictures: list[Tensor],
-        groups: list[int],
+        groups: Sequence[Any],
         layout: PixelLayout,
-        cell: int,
-        draws: list[np.random.Generator],
+        cells: Sequence[Cell],
+        draws: Sequence[np.random.Generator],
     ) -> list[Tensor]:
         """Corrupt pictures `[..., C, H, W]`, 8-bit or normalised as `layout` says."""
-        return [self._corrupt(x, layout, cell, draw) for x, draw in zip(pictures, draws, strict=True)]
+        given = zip(pictures, cells, draws, strict=True)
+        return [self._corrupt(picture, layout, cell, draw) for picture, cell, draw in given]
 
-    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: int, draw: np.random.Generator) -> Tensor:
+    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class PatchMask(_Corruption):
-    """Paint random square cells over, each with a probability and independently.
+class PatchMask(Corruption):
+    """Paint a random share of the cells of each picture over, all cells with the same probability.
 
-    Cells are counted from the top left corner; those at the right and lower edge may be cut.
+    A picture has as many painted cells as the share says, rounded up or down at random. Cells are counted from the top
+    left corner; those at the right and lower edge may be cut.
 
     Args:
         probability: share of the cells that is painted over, in [0, 1].
-        cell: pixels per side, a multiple of the model's image token; None means one image token.
+        cell: pixels per side, a multiple of the model's image token; None means one image token, or what
+            `corrupt_images` says.
         fill: `"black"` (0) or `"grey"` (127 of 255), exact in the processor's normalised space.
 
     Raises:
@@ -165,15 +172,23 @@ class PatchMask(_Corruption):
             fail(ConfigError, function, "cell", repr(self.cell), expected, "use cell=None")
         return self.cell
 
-    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: int, draw: np.random.Generator) -> Tensor:
-        H, W = picture.shape[-2:]
-        painted = draw.random((-(-H // cell), -(-W // cell))) < self.probability
-        where = torch.from_numpy(painted.repeat(cell, axis=0).repeat(cell, axis=1)[:H, :W].copy())
-        return torch.where(where.to(picture.device), layout.filled(_LEVELS[self.fill], picture), picture)
+    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
+        rows, columns = (_cell_of_each_pixel(n, cell, side) for side, n in enumerate(picture.shape[-2:]))
+        n = (rows[-1] + 1) * (columns[-1] + 1)
+        chosen = draw.permutation(n) < math.floor(self.probability * n + draw.random())
+        painted = chosen.reshape(rows[-1] + 1, columns[-1] + 1)[np.ix_(rows, columns)]
+        where = torch.from_numpy(painted).to(picture.device)
+        return torch.where(where, layout.filled(_LEVELS[self.fill], picture), picture)
+
+
+def _cell_of_each_pixel(n: int, cell: Cell, side: int) -> np.ndarray:
+    """Return the row, or the column, of cells that each of n pixels lies in."""
+    pixels = np.arange(n)
+    return pixels // cell if isinstance(cell, int) else pixels * min(cell[side], n) // n
 
 
 @dataclass(frozen=True)
-class GaussianNoise(_Corruption):
+class GaussianNoise(Corruption):
     """Add independent Gaussian noise to every channel of every pixel, then round and clip to 8 bits.
 
     In half precision the 8-bit pixels are known to one level only where the values are large; so are the results.
@@ -190,7 +205,7 @@ class GaussianNoise(_Corruption):
     def __post_init__(self) -> None:
         _check_number(self, "sigma", 0.0, math.inf)
 
-    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: int, draw: np.random.Generator) -> Tensor:
+    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         pixels = layout.to_bytes(picture).cpu().numpy()
         noise = self.sigma * draw.standard_normal(pixels.shape[-3:], dtype=np.float32)
         noisy = torch.from_numpy(np.rint(pixels + noise).clip(0, 255).astype(np.uint8))
@@ -198,7 +213,7 @@ class GaussianNoise(_Corruption):
 
 
 @dataclass(frozen=True)
-class Blur(_Corruption):
+class Blur(Corruption):
     """Blur with Pillow's Gaussian filter. Half precision: as `GaussianNoise`.
 
     Args:
@@ -213,7 +228,7 @@ class Blur(_Corruption):
     def __post_init__(self) -> None:
         _check_number(self, "radius", 0.0, math.inf)
 
-    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: int, draw: np.random.Generator) -> Tensor:
+    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         from PIL import Image, ImageFilter
 
         blur = ImageFilter.GaussianBlur(self.radius)
@@ -224,7 +239,7 @@ class Blur(_Corruption):
 
 
 @dataclass(frozen=True)
-class Blank(_Corruption):
+class Blank(Corruption):
     """Replace pictures by one colour.
 
     Args:
@@ -239,12 +254,12 @@ class Blank(_Corruption):
     def __post_init__(self) -> None:
         _check_fill(self)
 
-    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: int, draw: np.random.Generator) -> Tensor:
+    def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         return layout.filled(_LEVELS[self.fill], picture).expand_as(picture)
 
 
 @dataclass(frozen=True)
-class ShuffleImages(_Corruption):
+class ShuffleImages(Corruption):
     """Replace each picture by another picture of the batch that has the same size.
 
     Equal pictures count as one, since the completions of a prompt share theirs, and all get the same replacement: no
@@ -259,12 +274,12 @@ class ShuffleImages(_Corruption):
     def _corrupt_all(
         self,
         pictures: list[Tensor],
-        groups: list[int],
+        groups: Sequence[Any],
         layout: PixelLayout,
-        cell: int,
-        draws: list[np.random.Generator],
+        cells: Sequence[Cell],
+        draws: Sequence[np.random.Generator],
     ) -> list[Tensor]:
-        members: dict[int, list[int]] = {}
+        members: dict[Any, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
         contents: dict[Any, dict[bytes, list[list[int]]]] = {}
@@ -283,6 +298,18 @@ class ShuffleImages(_Corruption):
                         black = layout.filled(_LEVELS["black"], pictures[i]).expand_as(pictures[i])
                         out[i] = black if len(equals) == 1 else pictures[j]
         return out
+
+
+def pixels_of(image: "Image") -> Tensor:
+    """Return 8-bit pixels `[3, H, W]`."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+
+
+def image_of(pixels: Tensor) -> "Image":
+    """Return the picture of 8-bit pixels `[3, H, W]`."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _draws(generator: Any, n: int, function: str) -> list[np.random.Generator]:

@@ -1,6 +1,6 @@
 """The inputs of a vision-language model, cut by rows and by columns: pixels follow the sequences they belong to."""
 
-import itertools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +11,10 @@ from torch import Tensor
 from srpo.checks import Call, describe
 from srpo.errors import ConfigError, ShapeError
 from srpo.vision.access import backbone_of
+from srpo.vision.cuts import Offsets, Placeholders, alike_units, cuts_of, grids_of, is_pixels, kind_of
 
-# What one entry of a vision tensor belongs to, where that is not the image. Anything else is one entry a sequence.
-_UNITS = {"pixel_values": "pixels", "pixel_attention_mask": "sequence", "spatial_shapes": "pixels"}
-_VISION = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes",
-           "image_position_ids", "mm_encoder_outputs")  # fmt: skip
 _CALLER_ONLY = ("num_images",)  # TRL's bookkeeping; no model takes it
+_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class ModelInputs:
         input_ids, attention_mask: `[B, S]`.
         position_ids: `[B, S]`, `[k, B, S]` with mRoPE, or None for a model that takes none.
         multimodal: everything else the model is called with.
-        image_token: the id that stands for a part of an image; None for a model without.
-        merge: `spatial_merge_size`: patches per side of an image token, where grids are given.
+        image_token, video_token: the ids that stand for a part of an image or a video; None where the config names
+            none: pictures then lie beside the tokens, or where only the model knows.
     """
 
     input_ids: Tensor
@@ -36,83 +34,109 @@ class ModelInputs:
     position_ids: Tensor | None
     multimodal: dict[str, Any]
     image_token: int | None
-    merge: int
+    video_token: int | None
 
     def kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model."""
-        named = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        mask = self.attention_mask
+        mask = torch.where(mask.any(dim=1, keepdim=True), mask, torch.ones_like(mask))  # mRoPE asks for a token a row
+        named = {"input_ids": self.input_ids, "attention_mask": mask}
         if self.position_ids is not None:
             named["position_ids"] = self.position_ids
         return named | {name: x for name, x in self.multimodal.items() if name not in _CALLER_ONLY}
 
-    @property
-    def has_pixels(self) -> bool:
-        """Say whether there is an image."""
-        pixels = self.multimodal.get("pixel_values")
-        return pixels is not None and pixels.numel() > 0
+    def has_pixels(self, kind: str | None = None) -> bool:
+        """Say whether there is an `"image"`, or a `"video"`, or any of the two."""
+        kinds = ("image", "video") if kind is None else (kind,)
+        return any(is_pixels(name) and kind_of(name) in kinds and len(x) for name, x in self.multimodal.items())
 
-    def image_tokens(self) -> Tensor:
-        """Return `[B, S]`, true where an image feature is put."""
-        if self.image_token is None:
-            return torch.zeros_like(self.input_ids, dtype=torch.bool)
-        return self.input_ids == self.image_token
+    def tokens_of(self, kind: str) -> Tensor | None:
+        """Return `[B, S]`, true where a part of an `"image"` or `"video"` is put; None where nothing tells."""
+        marked = self.multimodal.get("image_embeds_position_mask") if kind == "image" else None
+        if marked is not None:  # Kosmos-2: the tokens there are of no one kind
+            return marked != 0
+        token = self.image_token if kind == "image" else self.video_token
+        return None if token is None else self.input_ids == token
+
+    def picture_tokens(self) -> Tensor:
+        """Return `[B, S]`, true where a part of a picture is known to be put."""
+        found = [x for kind in ("image", "video") if (x := self.tokens_of(kind)) is not None]
+        return torch.stack(found).any(dim=0) if found else torch.zeros_like(self.input_ids, dtype=torch.bool)
+
+    def with_picture(self) -> Tensor:
+        """Return `[B]`, true where a sequence has a picture; all that might have one where nothing tells."""
+        has = torch.zeros(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)
+        for kind in ("image", "video"):
+            if self.has_pixels(kind):
+                tokens = self.tokens_of(kind)
+                has = has | (True if tokens is None else tokens.any(dim=1))
+        return has
 
     def with_features(self, features: dict[str, Any] | None) -> "ModelInputs":
         """Return the inputs with the output of the vision tower in place of the pixels."""
         if features is None:
             return self
-        rest = {name: x for name, x in self.multimodal.items() if name != "pixel_values"}
+        rest = {name: x for name, x in self.multimodal.items() if not is_pixels(name)}
         return replace(self, multimodal=rest | {"mm_encoder_outputs": features})
 
     def is_aligned(self, name: str, x: Any) -> bool:
-        """Say whether a multimodal input has one entry per token."""
-        return name not in _VISION and getattr(x, "shape", None) == self.input_ids.shape
+        """Say whether a multimodal input `[B, S, ...]` has one entry per token."""
+        shape = tuple(getattr(x, "shape", ()))
+        if shape[:2] != tuple(self.input_ids.shape) or is_pixels(name):
+            return False
+        # A picture may have as many patches as a sequence has tokens: its patches are then those of the pixels.
+        pixels = (y for other, y in self.multimodal.items() if is_pixels(other) and isinstance(y, Tensor))
+        return kind_of(name) is None or all(tuple(y.shape[:2]) != shape[:2] for y in pixels)
 
     def columns(self, index: slice | Tensor) -> "ModelInputs":
         """Take columns of everything that has one per token: a slice, or an index `[B, S']` for each row."""
 
-        def take(x: Tensor) -> Tensor:
+        def take(x: Tensor, dim: int = 1) -> Tensor:
             if isinstance(index, slice):
-                return x[..., index]
-            return x.gather(-1, index if x.dim() == 2 else index.expand(*x.shape[:-2], *index.shape))
+                return x[..., index] if dim == -1 else x[:, index]
+            if dim == -1:
+                return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
+            return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
         aligned = {name: take(x) if self.is_aligned(name, x) else x for name, x in self.multimodal.items()}
-        positions = None if self.position_ids is None else take(self.position_ids)
+        positions = None if self.position_ids is None else take(self.position_ids, -1)
         return replace(
             self, input_ids=take(self.input_ids), attention_mask=take(self.attention_mask), position_ids=positions,
             multimodal=aligned,
         )  # fmt: skip
 
-    def rows(self, rows: slice, images: list[int] | None) -> "ModelInputs":
-        """Take consecutive sequences with the pixels of their images, of which `images` says how many each has."""
+    def rows(self, rows: slice, cuts: Mapping[str, Offsets] | None) -> "ModelInputs":
+        """Take consecutive sequences with what belongs to them, as `row_cuts` says; None: these are all of them."""
+        if cuts is None:
+            return self
         chosen: dict[str, Any] = {}
-        has_any = bool(self.image_tokens()[rows].any())
-        spans = self._spans(rows, images)
+        gone = {kind for kind in ("image", "video") if self._has_none(kind, rows)}
         for name, x in self.multimodal.items():
-            if name not in _VISION:
-                chosen[name] = x[rows] if name in _CALLER_ONLY or self._is_per_sequence(x) else x
-            elif has_any:  # a model that is given no image must not be given empty pixels
-                chosen[name] = x[spans[_UNITS.get(name, "image")]]
+            if self.is_aligned(name, x):
+                chosen[name] = x[rows]
+            elif kind_of(name) not in gone:  # a model that is given no image must not be given empty pixels
+                offsets = cuts.get(name)
+                chosen[name] = x if offsets is None else x[offsets[rows.start] : offsets[rows.stop]]
         positions = None if self.position_ids is None else self.position_ids[..., rows, :]
         return replace(
             self, input_ids=self.input_ids[rows], attention_mask=self.attention_mask[rows], position_ids=positions,
             multimodal=chosen,
         )  # fmt: skip
 
-    def _is_per_sequence(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == self.input_ids.shape[0]
+    def _has_none(self, kind: str, rows: slice) -> bool:
+        tokens = self.tokens_of(kind)
+        return tokens is not None and not bool(tokens[rows].any())
 
-    def _spans(self, rows: slice, images: list[int] | None) -> dict[str, slice]:
-        """Return which entries of vision tensors belong to some sequences, by unit."""
-        if images is None:
-            return dict.fromkeys(("sequence", "image", "pixels"), rows)
-        first, last = sum(images[: rows.start]), sum(images[: rows.stop])
-        pixels = slice(first, last)
-        grid = self.multimodal.get("image_grid_thw")
-        if grid is not None:
-            patches = grid.prod(dim=1).tolist()
-            pixels = slice(sum(patches[:first]), sum(patches[:last]))
-        return {"sequence": rows, "image": slice(first, last), "pixels": pixels}
+
+def row_cuts(call: Call, inputs: ModelInputs) -> dict[str, Offsets]:
+    """Return where to cut what has entries, so that each sequence gets its own.
+
+    Raises: ShapeError, which names the tensor that nothing tells how to cut.
+    """
+    rest = {name: x for name, x in inputs.multimodal.items() if not inputs.is_aligned(name, x)}
+    where = {kind: inputs.tokens_of(kind) for kind in ("image", "video")}
+    placeholders = {kind: None if x is None else Placeholders.of(x) for kind, x in where.items()}
+    return cuts_of(call, rest, placeholders, len(inputs.input_ids))
 
 
 def check_inputs(
@@ -121,96 +145,99 @@ def check_inputs(
     """Check the inputs of a model against each other; positions are still missing. The last T columns are sampled."""
     call.tensor("input_ids", input_ids, [tuple(input_ids.shape)], "[B, S]", "int")
     call.tensor("attention_mask", attention_mask, [tuple(input_ids.shape)], "[B, S]", "mask")
-    config = backbone_of(model).config
-    names = ("image_token_id", "image_token_index")
-    image_token = next((x for name in names if (x := getattr(config, name, None)) is not None), None)
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
+    backbone = backbone_of(model)
     given = {name: x for name, x in multimodal.items() if x is not None and name != "use_cache"}
-    for name in ("mm_token_type_ids", "position_ids"):
+    for name in (*_TYPES, "position_ids"):
         x = given.get(name)
         if x is not None and tuple(x.shape[-2:]) != tuple(input_ids.shape):
             fix = "give them one entry per token of prompt and completion"
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
-    inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, image_token, merge)
-    _check_image_tokens(call, inputs, T)
+    tokens = (_token_of(backbone.config, kind) for kind in ("image", "video"))
+    inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, *tokens)
+    if "inputs_embeds" not in given:
+        merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
+        _check_placeholders(call, inputs, T, merge)
+    if inputs.has_pixels():
+        _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
 
 
-def _check_image_tokens(call: Call, inputs: ModelInputs, T: int) -> None:
-    """Check that there is a picture for the image tokens, and one of the right size where sizes are given."""
-    if "inputs_embeds" in inputs.multimodal:
+def _token_of(config: Any, kind: str) -> int | None:
+    """Return the id that stands for a part of a picture: the config's, or that of its vision half (Phi-4)."""
+    for holder in (config, getattr(config, "vision_config", None)):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(holder, name, None)
+            if isinstance(token, int):
+                return token
+    return None
+
+
+def _check_placeholders(call: Call, inputs: ModelInputs, T: int, merge: int) -> None:
+    """Check that there is a picture for the image tokens, and one of the right size where sizes are known."""
+    where = inputs.tokens_of("image")
+    if where is None:
         return
-    tokens = inputs.image_tokens()
-    n_tokens, sampled = int(tokens.sum()), int(tokens[:, -T:].sum())
-    if inputs.image_token is not None and inputs.has_pixels and not n_tokens:
+    tokens, sampled = where.sum(dim=1).tolist(), int(where[:, -T:].sum())
+    if not inputs.has_pixels("image"):
+        if any(tokens) and not inputs.has_pixels("video"):  # GLM-4.xV puts frames where the image token is
+            fix = "pass the pixel_values that the processor made"
+            expected = f"pixels for the {sum(tokens)} image tokens of input_ids"
+            call.fail(ConfigError, "pixel_values", "None", expected, fix)
+        return
+    own = {name: x for name, x in inputs.multimodal.items() if kind_of(name) == "image" and isinstance(x, Tensor)}
+    name = next((name for name in own if is_pixels(name)), None)
+    if name is None:
+        return
+    fix = "pass what the processor made of these images"
+    if not any(tokens):
         fix = "pass the input_ids that the processor made, or no pixels"
-        got = describe(inputs.multimodal["pixel_values"])
-        call.fail(ConfigError, "pixel_values", got, "image tokens in input_ids too", fix)
-    n_taken = _tokens_taken(call, inputs, n_tokens - sampled, sampled) if inputs.has_pixels else 0
-    if n_tokens == n_taken:
-        return
-    if sampled and n_tokens - sampled == n_taken:
+        call.fail(ConfigError, name, describe(own[name]), "image tokens in input_ids too", fix)
+    grids, n, explained = grids_of(own), len(own[name]), False
+    if grids is not None:
+        n_patches = int(grids.prod(dim=-1).sum())
+        if n not in (n_patches, len(grids)):
+            expected = f"{n} patches, as {name} holds"
+            call.fail(ShapeError, "image_grid_thw", f"grids of {n_patches} patches", expected, fix)
+        explained = n_patches // merge**2 == sum(tokens) - sampled
+    _check_counts(call, inputs, None if grids is None else len(grids))
+    units = alike_units(own)
+    if units is not None and any(x * units % sum(tokens) for x in tokens) and not sampled:
+        expected = f"pictures for {tokens} image tokens a sequence"
+        call.fail(ShapeError, name, describe(own[name]), expected, fix)
+    # Sampled image tokens: the prompts' are what the pictures take, or they are fewer than the share of a picture.
+    if sampled and (explained or (units is not None and sampled * units < sum(tokens) - sampled)):
         fix = "forbid the image token while sampling (suppress_tokens)"
         call.fail(ConfigError, "input_ids", f"{sampled} image tokens in the completion", "images for them", fix)
-    if not inputs.has_pixels:
-        fix = "pass the pixel_values that the processor made"
-        call.fail(ConfigError, "pixel_values", "None", f"pixels for the {n_tokens} image tokens of input_ids", fix)
-    expected = f"grids of {n_tokens} tokens, as input_ids holds"
-    fix = "pass what the processor made of these images"
-    call.fail(ShapeError, "image_grid_thw", f"grids of {n_taken} tokens", expected, fix)
 
 
-def _tokens_taken(call: Call, inputs: ModelInputs, prompted: int, sampled: int) -> int:
-    """Return how many image tokens the pictures take, of those in prompts and completions."""
-    pixels, grid = inputs.multimodal["pixel_values"], inputs.multimodal.get("image_grid_thw")
-    if grid is None:  # sizes are the model's business, but no picture takes fewer tokens than its share of the prompts'
-        pictures = int((pixels != 0).flatten(2).any(dim=2).sum()) if pixels.dim() == 5 else len(pixels)
-        return prompted if sampled * pictures < prompted else prompted + sampled
-    n_patches = int(grid.prod(dim=-1).sum())
-    if n_patches != len(pixels):
-        fix = "pass what the processor made of these images"
-        expected = f"{len(pixels)} patches, as pixel_values holds"
-        call.fail(ShapeError, "image_grid_thw", f"grids of {n_patches} patches", expected, fix)
-    return n_patches // inputs.merge**2
-
-
-def images_per_row(call: Call, inputs: ModelInputs) -> list[int] | None:
-    """Count the images of each sequence by its image tokens; None where pixels come one entry a sequence."""
-    pixels = inputs.multimodal.get("pixel_values")
-    if pixels is None or not inputs.has_pixels:
-        return None
-    grid = inputs.multimodal.get("image_grid_thw")
-    if pixels.dim() == 5 and grid is None and len(pixels) == len(inputs.input_ids):
-        return None
-    tokens = inputs.image_tokens().sum(dim=1).tolist()
-    if grid is None:
-        size = sum(tokens) / max(len(pixels), 1)  # without grids all images take equally many tokens
-        sizes = [size] * len(pixels)
-    else:
-        sizes = (grid.prod(dim=1) // inputs.merge**2).tolist()
-    given = _given_counts(call, inputs, tokens, sizes)
-    if given is not None:
-        return given
-    counts, remaining = [], iter(sizes)
-    for left in tokens:
-        n = 0
-        while left > 0:
-            left, n = left - next(remaining, left + 1), n + 1  # noqa: PLW2901
-        if left < 0:
-            fix = "pass num_images, the number of images of each sequence"
-            call.fail(ShapeError, "pixel_values", describe(pixels), "images that end where sequences do", fix)
-        counts.append(n)
-    return counts
-
-
-def _given_counts(call: Call, inputs: ModelInputs, tokens: list[int], sizes: list[float]) -> list[int] | None:
-    """Return the caller's `num_images` after comparing it with the image tokens of each sequence."""
+def _check_counts(call: Call, inputs: ModelInputs, n_pictures: int | None) -> None:
+    """Compare the caller's `num_images` with the sequences, and with the pictures where they can be counted."""
     given = inputs.multimodal.get("num_images")
     if given is None:
-        return None
-    counts, expected = [int(n) for n in given], f"numbers of images whose tokens are {tokens} a sequence"
-    ends = [0, *itertools.accumulate(counts)]
-    found = [sum(sizes[first:last]) for first, last in itertools.pairwise(ends)]
-    if ends[-1] != len(sizes) or len(counts) != len(tokens) or found != tokens:
-        call.fail(ShapeError, "num_images", repr(counts), expected, "drop it: images are counted by their tokens")
-    return counts
+        return
+    counts, B = [int(n) for n in given], len(inputs.input_ids)
+    if len(counts) != B or n_pictures not in (None, sum(counts)):
+        total = "" if n_pictures is None else f", {n_pictures} in all"
+        expected = f"the number of pictures of each of {B} sequences{total}"
+        call.fail(ShapeError, "num_images", repr(counts), expected, "leave it out, or count again")
+
+
+def _check_token_types(call: Call, inputs: ModelInputs, accepted: Mapping[str, Any], T: int) -> None:
+    """Check that token types, where the model reads them, tell pictures from what was sampled.
+
+    They decide positions (Qwen) or who sees whom (Gemma 3, PaliGemma), and a model does without in silence.
+    """
+    tokens, valid = inputs.picture_tokens(), inputs.attention_mask != 0
+    for name in _TYPES:
+        if name not in accepted or not bool(tokens.any()):
+            continue
+        types = inputs.multimodal.get(name)
+        if types is None:
+            fix = "pass them for the whole sequence, the completion with the value of text"
+            call.fail(ConfigError, name, "None", "the processor's, which the model reads without saying so", fix)
+        of_pictures = set(types[tokens & valid].tolist())
+        of_text = set(types[:, -T:][(valid & ~tokens)[:, -T:]].tolist())
+        if of_pictures & of_text or (0 in of_pictures and len(of_pictures) > 1):
+            got = f"{sorted(of_pictures)} on image tokens and {sorted(of_text)} on the completion"
+            fix = "pad them like input_ids, on the left, and give the completion the value of text"
+            call.fail(ConfigError, name, got, "values that tell the two apart", fix)

@@ -30,6 +30,12 @@ _RANKS = {
     "tiled": (5, "[B, tiles, C, H, W]"),
     "images": (4, "[n_images, C, H, W]"),
 }
+# Where a layout does not know, the user's own processor does.
+PICTURE_ROAD = (
+    "corrupt the pictures and pass score_streams(corrupted_inputs=processor(text=texts, images=corrupt_images(images, "
+    "PatchMask(), seed=0), padding=True, return_tensors='pt'))"
+)
+_NAMES = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
 
@@ -39,7 +45,7 @@ def fail(error: type[SRPOError], function: str, argument: str, got: str, expecte
 
 
 class Picture(NamedTuple):
-    """One picture in `pixel_values`: its pixels `[..., C, H, W]`, the index they came from, the group it belongs to.
+    """One picture or video: its pixels `[..., C, H, W]`, the index they came from, its group, the name of its tensor.
 
     The tiles of one sample form a group; elsewhere each picture is its own.
     """
@@ -47,6 +53,11 @@ class Picture(NamedTuple):
     values: Tensor
     place: tuple[Any, ...]
     group: int
+    name: str = "pixel_values"
+
+    def one_frame(self) -> Tensor:
+        """Return the pixels without the copies of each frame that a flattened layout makes."""
+        return self.values[:, 0] if self.values.dim() == 5 else self.values
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,10 @@ class PixelLayout:
     """Say how `pixel_values` holds pictures. Build it with `of_model` or `of_processor`.
 
     flattened   `[sum of t*h*w, C * temporal * patch * patch]` with `image_grid_thw [n_images, 3]`; the patches of one
-                image token are adjacent (Qwen2-VL, Qwen2.5-VL, Qwen3-VL)
+                image token are adjacent (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); videos lie in `pixel_values_videos` alike
     tiled       `[B, tiles, C, H, W]`, perhaps with `pixel_attention_mask [B, tiles, H, W]`; a tile of zeros, and
                 pixels that the mask leaves out on the right and below, are padding (Idefics3, SmolVLM)
-    images      `[n_images, C, H, W]` (LLaVA)
+    images      `[n_images, C, H, W]` (LLaVA), perhaps with `image_sizes [n_images, 2]` inside of padding (Pixtral)
 
     Args:
         kind: one of the three.
@@ -103,11 +114,11 @@ class PixelLayout:
         A processor of Idefics3 knows the merged patch only: it is `patch_size` here, with `merge_size` 1.
 
         Raises:
-            ConfigError: the processor does not say how large its patches are.
+            ConfigError: the processor does not say how large its patches are, or makes several pictures of one.
         """
         images = getattr(processor, "image_processor", processor)
         n_tokens, edges = getattr(processor, "image_seq_len", None), getattr(images, "max_image_size", None)
-        kind: Kind
+        kind: Kind = "images"
         temporal = 1
         if hasattr(images, "temporal_patch_size") and hasattr(images, "merge_size"):
             kind, patch, merge = "flattened", images.patch_size, images.merge_size
@@ -115,16 +126,20 @@ class PixelLayout:
         elif n_tokens and edges:
             kind, merge, patch = "tiled", 1, round(edges["longest_edge"] / n_tokens**0.5)
         elif isinstance(getattr(processor, "patch_size", None), int) and not edges:
-            kind, merge, patch = "images", 1, processor.patch_size
+            patch, merge = processor.patch_size, _probed_merge(processor, images)
         else:
-            fix = "use PixelLayout.of_model(model), or write PixelLayout(kind, patch_size, ...) yourself"
             expected = "a processor that knows the size of its patches"
-            fail(ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, fix)
+            fail(ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, PICTURE_ROAD)
         # scale is 1 for every published processor
         scale = 255.0 * images.rescale_factor if getattr(images, "do_rescale", True) else 255.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ((0.0,) * 3, (1.0,) * 3)
         scaled_mean, scaled_std = (tuple(x / scale for x in values) for values in (mean, std))
-        return cls(kind, patch, scaled_mean, scaled_std, merge, temporal)
+        layout = cls(kind, patch, scaled_mean, scaled_std, merge, temporal)
+        if kind != "tiled" and not layout._reads_back(images):
+            got = f"{type(images).__name__}, whose pixels are not where this class finds them"
+            expected = "a processor of Qwen2-VL's or LLaVA's kind"
+            fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+        return layout
 
     @classmethod
     def of_model(cls, model: Any) -> Self:
@@ -137,7 +152,7 @@ class PixelLayout:
         family = getattr(config, "model_type", type(model).__name__)
         if config is None or family not in _MODELS:
             expected = "a model of " + ", ".join(_MODELS)
-            fix = "use PixelLayout.of_processor(processor)"
+            fix = PICTURE_ROAD
             fail(ConfigError, "PixelLayout.of_model", "model", repr(family), expected, fix)
         kind, (mean, std) = _MODELS[family]
         vision, merge, temporal = config.vision_config, 1, 1
@@ -174,73 +189,111 @@ class PixelLayout:
         return self.from_bytes(pixels, like.dtype)
 
     def pictures(self, inputs: Mapping[str, Any], function: str) -> list[Picture]:
-        """Return the pictures of `inputs["pixel_values"]` in order; padding is left out."""
-        pixels = inputs["pixel_values"]
+        """Return the pictures of `inputs` in order, then the videos; padding is left out."""
+        found = []
+        for name, grid_name in _NAMES:
+            pixels = inputs.get(name)
+            if pixels is not None:
+                self._check(pixels, name, function)
+                if self.kind == "flattened":
+                    found += self._flattened(pixels, self._grid(inputs, pixels, grid_name, function), name, function)
+                elif self.kind == "tiled":
+                    found += self._tiled(pixels, inputs.get("pixel_attention_mask"), function)
+                else:
+                    found += self._images(pixels, inputs.get("image_sizes"))
+        return found
+
+    def _check(self, pixels: Any, name: str, function: str) -> None:
         if not isinstance(pixels, Tensor):
             fix = "call the processor with return_tensors='pt'"
-            fail(DtypeError, function, "pixel_values", describe(pixels), "a torch.Tensor", fix)
+            fail(DtypeError, function, name, describe(pixels), "a torch.Tensor", fix)
         if pixels.dtype not in _DTYPES:
             fix = "pass the output of the processor"
-            fail(DtypeError, function, "pixel_values", describe(pixels), "floating point or uint8", fix)
+            fail(DtypeError, function, name, describe(pixels), "floating point or uint8", fix)
+        if self.kind != "flattened" and name != "pixel_values":
+            fail(ConfigError, function, name, describe(pixels), "pictures alone in this layout", PICTURE_ROAD)
         rank, shape = _RANKS[self.kind]
         if pixels.dim() != rank:
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, "pixel_values", describe(pixels), f"{shape} for kind={self.kind!r}", fix)
-        if self.kind == "flattened":
-            return self._flattened(pixels, self._grid(inputs, pixels, function), function)
-        if pixels.shape[-3] != len(self.image_mean):
+            fail(ShapeError, function, name, describe(pixels), f"{shape} for kind={self.kind!r}", fix)
+        if self.kind != "flattened" and pixels.shape[-3] != len(self.image_mean):
             expected = f"the {len(self.image_mean)} channels of image_mean"
-            fail(ShapeError, function, "pixel_values", describe(pixels), expected, "use the processor's mean and std")
-        if self.kind == "tiled":
-            return self._tiled(pixels, inputs.get("pixel_attention_mask"), function)
-        return [Picture(values, (i,), i) for i, values in enumerate(pixels)]
+            fail(ShapeError, function, name, describe(pixels), expected, "use the processor's mean and std")
 
-    def replaced(self, pixels: Tensor, pictures: list[Picture], values: list[Tensor], function: str) -> Tensor:
-        """Return a copy of `pixel_values` in which the pictures have other values of the same shape."""
-        out = pixels.clone(memory_format=torch.contiguous_format)
+    def replaced(
+        self, inputs: Mapping[str, Any], pictures: list[Picture], values: list[Tensor], function: str
+    ) -> dict[str, Tensor]:
+        """Return copies of the tensors, by name, in which the pictures have other values of the same shape."""
+        names = dict.fromkeys(picture.name for picture in pictures)
+        out = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
         for picture, new in zip(pictures, values, strict=True):
-            out[picture.place] = self._flatten(new) if self.kind == "flattened" else new
-        if self.kind == "tiled" and not torch.equal(_is_real(out), _is_real(pixels)):
+            out[picture.name][picture.place] = self._flatten(new) if self.kind == "flattened" else new
+        if self.kind == "tiled" and not all(torch.equal(_is_real(out[name]), _is_real(inputs[name])) for name in names):
             expected = "pictures with a value other than 0: the model takes a tile of zeros for padding"
             fail(ConfigError, function, "pixel_values", "a picture of zeros", expected, "use fill='grey'")
         return out
+
+    def _reads_back(self, images: Any) -> bool:
+        """Say whether a picture that the processor does not resize is found again, pixel by pixel."""
+        from PIL import Image
+
+        def pictures(image: Any) -> list[Picture]:
+            return self.pictures(images(images=[image], return_tensors="pt"), "PixelLayout.of_processor")
+
+        try:
+            H, W = pictures(Image.new("RGB", (448, 448), "grey"))[0].values.shape[-2:]
+            noise = torch.randint(256, (H, W, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            found = pictures(Image.fromarray(noise.numpy()))
+        except SRPOError:
+            return False
+        frames = [x.values.flatten(0, -4) if x.values.dim() > 3 else x.values[None] for x in found]
+        same = [self.to_bytes(x).int() - noise.permute(2, 0, 1) for x in frames if x.shape[-2:] == (H, W)]
+        return len(same) == len(found) == 1 and bool((same[0].abs() <= 1).all())
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor([self.image_mean, self.image_std], device=device)[..., None, None]
         return mean, std
 
-    def _grid(self, inputs: Mapping[str, Any], pixels: Tensor, function: str) -> list[list[int]]:
-        grid = inputs.get("image_grid_thw")
-        fix = "pass the image_grid_thw that the processor returned with pixel_values"
+    def _grid(self, inputs: Mapping[str, Any], pixels: Tensor, name: str, function: str) -> list[list[int]]:
+        grid = inputs.get(name)
+        fix = f"pass the {name} that the processor returned with the pixels"
         if grid is None:
-            fail(ConfigError, function, "image_grid_thw", "None", "a tensor [n_images, 3]", fix)
+            fail(ConfigError, function, name, "None", "a tensor [n_images, 3]", fix)
         if not isinstance(grid, Tensor) or grid.dtype.is_floating_point or grid.dim() != 2 or grid.shape[1] != 3:
-            fail(ShapeError, function, "image_grid_thw", describe(grid), "an integer tensor [n_images, 3]", fix)
+            fail(ShapeError, function, name, describe(grid), "an integer tensor [n_images, 3]", fix)
         rows = grid.tolist()
         merge = self.merge_size
         for t, h, w in rows:
             if min(t, h, w) < 1 or h % merge or w % merge:
                 expected = f"positive (t, h, w), h and w multiples of merge_size={merge}"
-                fail(ShapeError, function, "image_grid_thw", f"({t}, {h}, {w})", expected, fix)
+                fail(ShapeError, function, name, f"({t}, {h}, {w})", expected, fix)
         n = sum(t * h * w for t, h, w in rows)
         if n != len(pixels):
-            fail(ShapeError, function, "image_grid_thw", f"{n} patches", f"{len(pixels)}, those of pixel_values", fix)
+            fail(ShapeError, function, name, f"{n} patches", f"{len(pixels)}, those of the pixels", fix)
         return rows
 
-    def _flattened(self, pixels: Tensor, grid: list[list[int]], function: str) -> list[Picture]:
+    def _flattened(self, pixels: Tensor, grid: list[list[int]], name: str, function: str) -> list[Picture]:
         C, T, m, p = len(self.image_mean), self.temporal_patch_size, self.merge_size, self.patch_size
         if pixels.shape[1] != C * T * p * p:
             expected = f"{C * T * p * p} values per patch ({C} channels, {T} frames, {p} x {p} pixels)"
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, "pixel_values", describe(pixels), expected, fix)
+            fail(ShapeError, function, name, describe(pixels), expected, fix)
         found, start = [], 0
         for index, (t, h, w) in enumerate(grid):
             place = slice(start, start + t * h * w)
             blocks = pixels[place].reshape(t, h // m, w // m, m, m, C, T, p, p)
             values = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t, T, C, h * p, w * p)
-            found.append(Picture(values, (place,), index))
+            found.append(Picture(values, (place,), index, name))
             start = place.stop
         return found
+
+    def _images(self, pixels: Tensor, sizes: Any) -> list[Picture]:
+        whole = list(pixels.shape[-2:])
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) and sizes.shape == (len(pixels), 2) else []
+        if [max(side) for side in zip(*sizes, strict=True)] != whole:  # sizes of pictures before they were resized
+            sizes = [whole] * len(pixels)
+        places = [(i, slice(None), slice(h), slice(w)) for i, (h, w) in enumerate(sizes)]
+        return [Picture(pixels[place], place, place[0]) for place in places]
 
     def _flatten(self, values: Tensor) -> Tensor:
         m, p = self.merge_size, self.patch_size
@@ -272,3 +325,21 @@ class PixelLayout:
 def _is_real(pixels: Tensor) -> Tensor:
     """Tell the tiles `[B, tiles]` that are not padding as the models do: by a value that is not 0."""
     return (pixels != 0).flatten(2).any(dim=2)
+
+
+def _probed_merge(processor: Any, images: Any) -> int:
+    """Return how many patches per side an image token has, from what a processor makes of a picture.
+
+    Raises: ConfigError, where it makes several of one.
+    """
+    from PIL import Image
+
+    size = 2048  # of a picture that is cut into tiles wherever pictures are
+    pixels = images(images=[Image.new("RGB", (size, size), "grey")], return_tensors="pt")["pixel_values"]
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if pixels.dim() != 4 or len(pixels) != 1 or count is None:
+        got, expected = f"{type(processor).__name__}, which makes {describe(pixels)} of a picture", "[1, C, H, W]"
+        fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+    (n_tokens,) = count(image_sizes=[[size, size]])["num_image_tokens"]
+    area = pixels.shape[-2] * pixels.shape[-1]
+    return max(1, round((area / n_tokens) ** 0.5 / processor.patch_size))

@@ -1,9 +1,8 @@
 """Score a rollout in three contexts with one model: as it is, without its image, without its perception text."""
 
 import functools
-import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,20 +16,24 @@ from srpo.loss import selected_logps
 from srpo.roles import Role
 from srpo.vision.ablation import hide, swap
 from srpo.vision.access import (
+    counted_positions,
     counts_columns,
     evaluating,
-    full_positions,
     has_head,
     head_of,
     head_states,
-    image_features,
+    is_encoder_decoder,
     is_sharded,
     keeps_state,
-    needs_token_types,
     own_logits,
+    positions_given,
+    rope_positions,
+    takes_positions,
+    vision_features,
 )
+from srpo.vision.contexts import check_corrupted, corrupted_context
 from srpo.vision.corruption import PatchMask, PixelLayout
-from srpo.vision.inputs import ModelInputs, check_inputs, images_per_row
+from srpo.vision.inputs import ModelInputs, check_inputs, row_cuts
 
 _STREAMS = ("clean", "corrupted", "ablated")
 
@@ -62,6 +65,7 @@ def score_streams(
     *,
     role_ids: Tensor,
     corruption: Any = PatchMask(),  # noqa: B008 - frozen
+    corrupted_inputs: Mapping[str, Any] | None = None,
     generator: torch.Generator | int | None = None,
     streams: Sequence[str] = _STREAMS,
     temperature: float = 1.0,
@@ -80,24 +84,27 @@ def score_streams(
         attention_mask: `[B, S]` 0/1.
         logits_to_keep: T, the columns of the completion.
         role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
-        corruption: one of `srpo.vision.corruption`.
+        corruption: one of `srpo.vision.corruption`, for families whose `pixel_layout` is known.
+        corrupted_inputs: for every family, what the processor made of corrupted pictures (`corrupt_images`), by the
+            names it has in `multimodal_inputs` and of the same shapes; takes the place of `corruption`, `generator`
+            and `pixel_layout`. Inputs with an entry per token are those of the clean context.
         generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed for each sequence,
-            made of its own valid tokens, so that a corruption does not depend on batch, padding or rank
-            (`ShuffleImages`, which mixes sequences, takes one of all `input_ids`).
+            made of its pictures and its prompt: all rollouts of a prompt see the same corrupted pictures, and neither
+            batch, padding nor rank matters (`ShuffleImages`, which mixes sequences, takes one of all prompts).
         streams: which of `"clean"`, `"corrupted"`, `"ablated"`; the clean one is always scored.
         temperature: sampling temperature.
         batch_size: sequences per forward; None: all. The result does not depend on it beyond rounding.
-        method: how perception is hidden. `"mask"` zeroes its attention mask and keeps every position; `"delete"` cuts
-            the tokens out and keeps the positions of the others. None: mask, and delete for a model whose state or
-            window a mask does not reach (linear attention, SSM, short sliding windows).
+        method: how perception is hidden. None or `"delete"` cuts the tokens out and keeps the positions of the others;
+            `"mask"` zeroes their attention mask, which is the same but for models whose state or window a mask does
+            not reach (linear attention, SSM, short sliding windows): those refuse it.
         pixel_layout: where pictures lie in `pixel_values`; None: `PixelLayout.of_model(model)`.
         other_perception_ids: `[B, M]` perception tokens of another rollout (`perception_tokens`), put in the place of
             the own ones in the ablated context: reasoning is then contrasted with a mismatched perception instead of
             none, at the positions that the new text has.
         other_perception_mask: `[B, M]` 0/1; None means all valid.
         multimodal_inputs: everything else that the model is called with (`pixel_values`, `image_grid_thw`,
-            `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images` per sequence
-            helps where images cannot be told apart by their tokens.
+            `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images`, the number
+            of images (or of tiles, where the pixels are tiles) of each sequence, is believed.
 
     Returns: StreamLogps.
 
@@ -119,6 +126,9 @@ def score_streams(
     if not has_head(model):
         fix = "pass the model that returns logits, not its backbone"
         call.fail(ConfigError, "model", type(model).__name__, "a transformers model with a language head", fix)
+    if is_encoder_decoder(model):
+        fix = "score such models with their own forward and pass the log-probs to role_weighted_grpo_loss"
+        call.fail(ConfigError, "model", type(model).__name__, "a decoder, whose input ends with the completion", fix)
     if input_ids.dim() != 2:
         call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
     streams = _streams_of(call, streams)
@@ -133,30 +143,28 @@ def score_streams(
     if method == "mask" and unreachable:
         fix = "pass method=None"
         call.fail(ConfigError, "method", "'mask'", "'delete' for a model whose state a mask does not reach", fix)
-    if whole.has_pixels and needs_token_types(model) and "mm_token_type_ids" not in whole.multimodal:
-        fix = "pass them for the whole sequence, 0 on the completion"
-        call.fail(ConfigError, "mm_token_type_ids", "None", "the processor's, which positions depend on", fix)
-
     other = _check_other(call, whole, other_perception_ids, other_perception_mask)
-
-    images = images_per_row(call, whole)
-    if batch_size is not None and batch_size < B and any("video" in name for name in whole.multimodal):
-        call.fail(ConfigError, "batch_size", repr(batch_size), "None with videos", "score the batch in one piece")
-    corrupted = (
-        _corrupted(model, whole, images, corruption, generator, pixel_layout) if "corrupted" in streams else None
-    )
-    if whole.position_ids is None:
-        positions = full_positions(model, input_ids, attention_mask, whole.multimodal)
+    if corrupted_inputs is not None:
+        check_corrupted(call, whole, corrupted_inputs)
+    cuts = row_cuts(call, whole) if batch_size is not None and batch_size < B else None
+    corrupted = None
+    if "corrupted" in streams and not whole.has_pixels():
+        _warn_without_image()
+    elif "corrupted" in streams:
+        settings = (corrupted_inputs, corruption, generator, pixel_layout)
+        corrupted = corrupted_context(call, model, whole, T, *settings)
+    if cuts is not None and whole.position_ids is None:
+        positions = rope_positions(model, input_ids, attention_mask, whole.multimodal)
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
-    scorer = _Scorer(model, temperature, "delete" if unreachable else method or "mask", streams)
+    scorer = _Scorer(model, temperature, method or "delete", streams)
     parts = []
     with evaluating(model):
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
-            bad = None if corrupted is None else corrupted.rows(rows, images)
+            bad = None if corrupted is None else corrupted.rows(rows, cuts)
             swapped = None if other is None else (other[0][rows], other[1][rows])
-            parts.append(scorer.streams(whole.rows(rows, images), bad, role_ids[rows], swapped))
+            parts.append(scorer.streams(whole.rows(rows, cuts), bad, role_ids[rows], swapped))
     return _joined(parts, valid, streams)
 
 
@@ -178,17 +186,18 @@ class _Scorer:
         before = torch.arange(start - 1, start + T - 1, device=ids.device).expand(B, T)
         seen, reasoned = valid & (roles == Role.PERCEPTION), valid & (roles == Role.REASONING)
         reasoned = reasoned & seen.any(dim=1, keepdim=True)
-        shares = "ablated" in self.wanted and inputs.has_pixels and bool(reasoned.any())
+        shares = "ablated" in self.wanted and inputs.has_pixels() and bool(reasoned.any())
         if shares:
-            inputs = inputs.with_features(image_features(self.model, inputs.multimodal))
-        logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
+            inputs = inputs.with_features(vision_features(self.model, inputs.multimodal))
+        with positions_given(self.model, *inputs.input_ids.shape) as positions:
+            logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
             results[1] = self._without_image(inputs, corrupted, seen, before, ids, logps)
         if "ablated" in self.wanted:
             results[2] = logps
             if reasoned.any():
-                context, source = self._ablated(inputs, seen, other)
+                context, source = self._ablated(inputs, seen, other, positions)
                 results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned), logps)
             else:
                 self._keep_in_step(inputs)
@@ -206,8 +215,8 @@ class _Scorer:
         """Score perception tokens with the image corrupted; return the clean log-probs of all others."""
         start = inputs.input_ids.shape[1] - seen.shape[1]
         if corrupted is not None:
-            seen = seen & corrupted.image_tokens().any(dim=1, keepdim=True)
-        if corrupted is None or not corrupted.has_pixels or not seen.any():
+            seen = seen & corrupted.with_picture()[:, None]
+        if corrupted is None or not seen.any():
             self._keep_in_step(inputs)
             return clean
         end = self._last_needed(corrupted, seen, start)
@@ -221,13 +230,23 @@ class _Scorer:
             own_logits(self.model, inputs.kwargs(), 1)
 
     def _ablated(
-        self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None
+        self, inputs: ModelInputs, seen: Tensor, other: tuple[Tensor, Tensor] | None, positions: list[Tensor]
     ) -> tuple[ModelInputs, Tensor]:
-        if other is None:
-            return hide(inputs, seen, cut=self.method == "delete")
-        context, source = swap(inputs, seen, *other)
-        ids, mask = context.input_ids, context.attention_mask
-        return replace(context, position_ids=full_positions(self.model, ids, mask, context.multimodal)), source
+        if other is not None:
+            return swap(inputs, seen, *other)
+        if inputs.position_ids is None and takes_positions(self.model):
+            found = positions[0] if positions else self._counted(inputs)
+            inputs = replace(inputs, position_ids=found)
+        return hide(inputs, seen, cut=self.method == "delete")
+
+    def _counted(self, inputs: ModelInputs) -> Tensor:
+        found = counted_positions(self.model, inputs.input_ids, inputs.attention_mask)
+        if found is None:
+            call = checks.Call("score_streams", inputs.input_ids, "input_ids")
+            fix = "pass position_ids of prompt and completion, or streams=('clean', 'corrupted')"
+            got, expected = f"{type(self.model).__name__}, whose positions do not show", "positions to keep"
+            call.fail(ConfigError, "model", got, expected, fix)
+        return found
 
     def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Any:
         """Score `ids` `[B, T]` from the states at columns `source` where `mask` is set, as `selected_logps`."""
@@ -247,7 +266,7 @@ class _Scorer:
     def _last_needed(inputs: ModelInputs, seen: Tensor, start: int) -> int:
         """Return how many completion tokens the corrupted forward needs: images in the rest would lack their place."""
         end = int(seen.any(dim=0).nonzero()[-1]) + 1
-        return seen.shape[1] if inputs.image_tokens()[:, start + end - 1 :].any() else end
+        return seen.shape[1] if inputs.picture_tokens()[:, start + end - 1 :].any() else end
 
 
 def _check_other(
@@ -272,49 +291,10 @@ def _at(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.expand(-1, -1, rows.shape[-1]))
 
 
-def _corrupted(
-    model: Any,
-    whole: ModelInputs,
-    images: list[int] | None,
-    corruption: Any,
-    generator: torch.Generator | int | None,
-    pixel_layout: PixelLayout | None,
-) -> ModelInputs | None:
-    """Corrupt the whole batch before it is split: what a picture becomes must not depend on the split."""
-    if not whole.has_pixels:
-        _warn_without_image()
-        return None
-    layout = pixel_layout or PixelLayout.of_model(model)
-    if generator is None and getattr(corruption, "is_per_picture", False):
-        return _corrupted_by_row(whole, images, corruption, layout)
-    seed = _seed_of(whole.input_ids) if generator is None else generator
-    return replace(whole, multimodal=corruption.on_inputs(whole.multimodal, layout, generator=seed))
-
-
-def _corrupted_by_row(
-    whole: ModelInputs, images: list[int] | None, corruption: Any, layout: PixelLayout
-) -> ModelInputs:
-    """Corrupt each sequence by a seed of its own tokens: the same beside other sequences, and on other ranks."""
-    parts = []
-    for i, (ids, mask) in enumerate(zip(whole.input_ids.cpu(), whole.attention_mask.cpu(), strict=True)):
-        row = whole.rows(slice(i, i + 1), images)
-        if row.has_pixels:
-            seed = _seed_of(ids[mask != 0])
-            parts.append(corruption.on_inputs(row.multimodal, layout, generator=seed)["pixel_values"])
-        elif images is None:  # one entry a sequence, with an image or without
-            parts.append(whole.multimodal["pixel_values"][i : i + 1])
-    return replace(whole, multimodal=whole.multimodal | {"pixel_values": torch.cat(parts)})
-
-
-def _seed_of(ids: Tensor) -> int:
-    digest = hashlib.blake2b(ids.cpu().numpy().astype("int64").tobytes(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
 @functools.cache
 def _warn_without_image() -> None:
     message = "score_streams(): there is no image in this batch, so its perception contrasts are 0 (said once)"
-    warnings.warn(message, stacklevel=5)  # past the cache and no_grad, to the caller
+    warnings.warn(message, stacklevel=4)  # past the cache and no_grad, to the caller
 
 
 def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str]) -> StreamLogps:

@@ -413,7 +413,7 @@ def test_the_corrupted_forward_stops_before_the_last_perception_token(rollout):
 
 def test_deleting_shortens_the_forward_and_masking_does_not(rollout):
     S, gone = rollout.ids.shape[1], int(rollout.seen.sum(dim=1).min())
-    for method, columns in [(None, S), ("mask", S), ("delete", S - gone)]:
+    for method, columns in [(None, S - gone), ("mask", S), ("delete", S - gone)]:
         with recorded_positions(rollout.model) as found:
             rollout.score(streams=("clean", "ablated"), method=method)
         assert [positions.shape[-1] for positions in found] == [S, columns]
@@ -568,15 +568,28 @@ def test_seeds_decide_the_corruption(rollout):
     assert not torch.equal(corrupted(generator=SEED + 1), corrupted(generator=SEED))
 
 
-def test_without_a_seed_the_rollout_decides(rollout):
+def test_without_a_seed_picture_and_prompt_decide(rollout):
     first = rollout.score(generator=None)
     assert torch.equal(rollout.score(generator=None).corrupted_logps, first.corrupted_logps)
     assert_close(rollout.score(generator=None, batch_size=1).corrupted_logps, first.corrupted_logps, rollout.valid)
+    dark = seen_by_the_corrupted_stream(rollout)
     ids = rollout.ids.clone()
-    ids[0, -1] += 2  # after the last perception token: only the corruption can change those before
-    other = replace(rollout, ids=ids).score(generator=None)
-    assert largest(other.corrupted_logps, first.corrupted_logps, rollout.seen) > 1e-3
-    assert torch.equal(other.logps[:, :-1], first.logps[:, :-1])
+    ids[0, -1] += 2  # another rollout of the prompt
+    assert torch.equal(seen_by_the_corrupted_stream(replace(rollout, ids=ids)), dark)
+    ids[0, -T - 1] = 30  # another prompt, of which the picture is the same
+    assert not torch.equal(seen_by_the_corrupted_stream(replace(rollout, ids=ids)), dark)
+
+
+def seen_by_the_corrupted_stream(rollout: Rollout) -> Tensor:
+    """The pixels of the second forward."""
+    found: list[Tensor] = []
+
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["pixel_values"])
+
+    with rollout.model.register_forward_pre_hook(record, with_kwargs=True):
+        rollout.score(generator=None, streams=("clean", "corrupted"))
+    return found[1]
 
 
 def only(rollout: Rollout, i: int, columns: int) -> Rollout:
