@@ -134,10 +134,11 @@ def _token_credit_fwd_kernel(
         n_r += tl.sum(tl.where(role == 2, 1.0, 0.0), 0)
         sum_p += tl.sum(tl.where(role == 1, c, 0.0), 0)
         sum_r += tl.sum(tl.where(role == 2, c, 0.0), 0)
-        valued_p += tl.sum(tl.where((role == 1) & (no_value == 0), 1.0, 0.0), 0)
-        valued_r += tl.sum(tl.where((role == 2) & (no_value == 0), 1.0, 0.0), 0)
-        smallest = tl.minimum(smallest, tl.min(tl.where((role != 0) & (no_value == 0), c, float("inf")), 0))
-        largest = tl.maximum(largest, tl.max(tl.where((role != 0) & (no_value == 0), c, float("-inf")), 0))
+        valued = tl.where(no_value, 0, role)
+        valued_p += tl.sum(tl.where(valued == 1, 1.0, 0.0), 0)
+        valued_r += tl.sum(tl.where(valued == 2, 1.0, 0.0), 0)
+        smallest = tl.minimum(smallest, tl.min(tl.where(valued != 0, c, float("inf")), 0))
+        largest = tl.maximum(largest, tl.max(tl.where(valued != 0, c, float("-inf")), 0))
     # a role none of whose contrasts has a value is missing; beside others that have one, no value counts as 0
     has_zeros = ((valued_p > 0.0) & (valued_p < n_p)) | ((valued_r > 0.0) & (valued_r < n_r))
     smallest = tl.where(has_zeros, tl.minimum(smallest, 0.0), smallest)
@@ -161,7 +162,7 @@ def _token_credit_fwd_kernel(
         tokens = first + tl.arange(0, BLOCK_T)
         flags = tl.load(flags_ptr + tokens, mask=tokens < end, other=0)
         role = flags & 3
-        missing = ((role == 1) & (valued_p == 0.0)) | ((role == 2) & (valued_r == 0.0))
+        missing = tl.where(role == 1, valued_p, tl.where(role == 2, valued_r, 1.0)) == 0.0
         role = tl.where(missing, 0, role)
         tl.store(contrast_ptr + tokens, float("nan"), mask=missing)
         tl.store(flags_ptr + tokens, (flags & NO_VALUE).to(tl.uint8), mask=missing)

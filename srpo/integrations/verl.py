@@ -22,6 +22,7 @@ from srpo.integrations.weighing import metric_sums, weigh
 from srpo.methods import Method
 from srpo.metrics import MetricSums
 from srpo.roles import Role, role_ids_from_completions
+from srpo.streams import Streams
 from srpo.settings import CreditSettings
 from srpo.vision.corruption import PixelLayout
 
@@ -79,7 +80,7 @@ def token_credit_advantages(
     if isinstance(credit, CreditConfig):
         if not credit.streams:
             return CreditedAdvantages(per_token, mask.to(per_token.dtype), {})
-        checks.contrast_inputs(call, credit, layout, streams, {})
+        checks.contrast_streams(call, credit, layout, roles, mask, Streams(**streams))
     logps = {f"{name}_logps": x for name, x in streams.items()}
     weighed = weigh(call, credit, roles, mask, per_token, logps=old_log_probs, entropy=entropy, **logps)
     sums = metric_sums(weighed, roles, mask, per_token, None)

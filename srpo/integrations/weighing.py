@@ -8,6 +8,7 @@ from srpo.config import CreditConfig
 from srpo.credit import Credit, run_credit
 from srpo.methods import Method
 from srpo.metrics import credit_sums, loss_sums
+from srpo.streams import Streams
 from srpo_kernels.layout import Layout
 
 
@@ -29,20 +30,20 @@ def weigh(
     """
     if isinstance(credit, CreditConfig):
         backend, layout = checks.backend_of(call, "auto", logps.dtype), Layout(tuple(mask.shape))
-        streams = {"corrupted": corrupted_logps, "ablated": ablated_logps}
-        given = {name: streams[name] for name in credit.streams}
-        return run_credit(call, layout, mask, role_ids, advantages, credit, backend, base=logps, **given)
+        given = {"corrupted": corrupted_logps, "ablated": ablated_logps}
+        streams = Streams(**{name: given[name] for name in credit.streams})
+        return run_credit(call, layout, mask, role_ids, advantages, credit, backend, base=logps, streams=streams)
     weights = credit(
         logps=logps, completion_mask=mask, role_ids=role_ids, advantages=advantages, entropy=entropy,
         corrupted_logps=corrupted_logps, ablated_logps=ablated_logps,
     )  # fmt: skip
     contrast = torch.zeros_like(weights) if corrupted_logps is None else logps - corrupted_logps
     no_baseline = weights.new_full((len(mask),), torch.nan)
-    return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline)
+    return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, mask.new_zeros(()))
 
 
 def metric_sums(weighed: Credit, role_ids: Tensor, mask: Tensor, advantages: Tensor, entropy: Tensor | None) -> Tensor:
     """Return the sums of `MetricSums` with the group `"credit"`: they add up over batches and ranks."""
     no_clips = weighed.weights.new_zeros(1, 3)
     sums = loss_sums(mask, mask, advantages, no_clips, entropy, Layout(tuple(mask.shape)))
-    return torch.cat([sums, credit_sums(*weighed, role_ids, mask, advantages)])
+    return torch.cat([sums, credit_sums(weighed, role_ids, mask, advantages)])

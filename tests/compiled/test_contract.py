@@ -29,9 +29,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def survey(tmp_path_factory):
     """All rows, variants and mutants. The compile cache is new, so nothing comes from an older compiler."""
     cache = tmp_path_factory.mktemp("triton_cache")
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
-    environment = {name: None for name in os.environ if name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {name: None for name in os.environ if name.startswith("TRITON_")} | {"TRITON_CACHE_DIR": str(cache)}
 
     def run(options):
         done = run_python("-m", "compiled.survey", "--targets", *options, **environment)
