@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from srpo.vision.access import full_positions
+from srpo.vision.access import rope_positions
 
 COMPLETIONS = (
     "<look>red 3</look><think>so 4</think>",
@@ -31,7 +31,7 @@ def trajectories(model: Any, processor: Any, completions: tuple[str, ...] = COMP
         response = torch.tensor(processor.tokenizer.encode(completion, add_special_tokens=False))
         ids = torch.cat([prompt[0], response])
         kinds = functional.pad(kinds, (0, len(response)))
-        positions = full_positions(model, ids[None], torch.ones_like(ids)[None], {**inputs, "mm_token_type_ids": kinds})
+        positions = rope_positions(model, ids[None], torch.ones_like(ids)[None], {**inputs, "mm_token_type_ids": kinds})
         valid = torch.ones_like(response)
         scores = torch.zeros(len(response))
         scores[-1] = i % 2

@@ -22,8 +22,8 @@ from srpo.integrations.weighing import metric_sums, weigh
 from srpo.methods import Method
 from srpo.metrics import MetricSums
 from srpo.roles import Role, role_ids_from_completions
-from srpo.streams import Streams
 from srpo.settings import CreditSettings
+from srpo.streams import Streams
 from srpo.vision.corruption import PixelLayout
 
 PARTITION = "srpo"  # of the transfer queue: copies in verl's own would look like rollouts to its replay buffer
