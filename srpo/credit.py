@@ -4,6 +4,7 @@ Everything here is detached: weights are constants of the loss. All of it works 
 `token_advantages`, fits any trainer that accepts per-token advantages.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, NonFiniteError
-from srpo.streams import STREAMS, Streams, is_not_scored, not_scored
+from srpo.streams import STREAMS, Streams, is_no_evidence, is_not_scored, not_scored
 from srpo_kernels import ops
 from srpo_kernels.layout import Layout
 from srpo_kernels.reference import NO_VALUE
@@ -64,8 +65,8 @@ def role_contrast(
         backend: `"auto"`, `"triton"` or `"torch"`.
 
     Returns: `[B, T]` fp32 (fp64 for fp64 on the torch backend), 0 outside the credit set. A difference without a
-        value (NaN, or both sides -inf) counts as 0; where all differences of a role of a trajectory have none, as in
-        a row without a picture, they are NaN, and `token_weights` takes the role for missing.
+        value (NaN, or both sides -inf) counts as 0. Where `score_streams` found nothing to score with, as in a row
+        without a picture, it is NaN, and `token_weights` takes the role for missing.
 
     Gradient: none.
 
@@ -92,7 +93,8 @@ def role_contrast(
     checks.contrast_streams(call, plain, layout, roles, mask, streams)
     chosen = checks.backend_of(call, backend, logps.dtype)
     contrast = run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, streams=streams).contrast
-    return torch.where(_read_but_not_scored(plain, roles, mask, streams), not_scored(contrast), contrast)
+    lost, kept = (_read_and(kind, plain, roles, mask, streams) for kind in (is_not_scored, is_no_evidence))
+    return torch.where(lost, not_scored(contrast), torch.where(contrast.isnan() & ~kept, 0.0, contrast))
 
 
 def token_weights(
@@ -245,7 +247,7 @@ def run_credit(
     found, weights, flags, baseline = ops.token_credit(
         given, base, corrupted, ablated, role_ids, mask, signs, layout, credit.rule, backend
     )
-    lost = mask.new_zeros(()) if call.validates else _read_but_not_scored(credit, role_ids, mask, streams).sum()
+    lost = mask.new_zeros(()) if call.validates else _read_and(is_not_scored, credit, role_ids, mask, streams).sum()
     result = Credit(found, weights, flags, baseline, lost)
     if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
         n = int(((result.flags & NO_VALUE) != 0).sum())
@@ -254,12 +256,14 @@ def run_credit(
     return result
 
 
-def _read_but_not_scored(credit: CreditConfig, role_ids: Tensor, mask: Tensor, streams: Streams) -> Tensor:
-    """Tell the cells that `credit` reads and nobody scored."""
+def _read_and(
+    kind: Callable[[Tensor], Tensor], credit: CreditConfig, role_ids: Tensor, mask: Tensor, streams: Streams
+) -> Tensor:
+    """Tell the cells that `credit` reads and that are of a kind."""
     found = torch.zeros_like(mask)
     for name, x in zip(STREAMS, streams, strict=True):
         if x is not None:
-            found = found | (credit.rows(name, role_ids, mask) & is_not_scored(x))
+            found = found | (credit.rows(name, role_ids, mask) & kind(x))
     return found
 
 
