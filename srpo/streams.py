@@ -3,8 +3,8 @@
 no evidence     a row without a picture has no perception evidence, one without perception no text to hide
 not scored      the scorer was told that nobody would read the cell: a credit that does read it must say so
 
-Both are quiet NaNs, told apart by their low bits, wherever the tensor goes in between: indexing, concatenation, `where`, copies and fp32 to fp64 keep
-them, arithmetic and 16-bit casts do not (what is left is an ordinary NaN: no value).
+Both are quiet NaNs, told apart by their low bits wherever the tensor goes in between: indexing, concatenation, `where`,
+copies and fp32 to fp64 keep them; arithmetic and 16-bit casts do not (what is left is an ordinary NaN: no value).
 """
 
 from typing import Any, NamedTuple

@@ -74,6 +74,18 @@ def credit_set(role_ids: Tensor, mask: Tensor) -> list[tuple[int, int]]:
     ]
 
 
+def without_evidence(base, corrupted, ablated, role_ids, mask, credit) -> Tensor:
+    """Set to 0 the roles of a trajectory of which no difference has a value."""
+    out = role_ids.clone()
+    for i in range(mask.shape[0]):
+        for role in (PERCEPTION, REASONING):
+            stream = ablated if role == REASONING and credit.reasoning_signal != "image_independence" else corrupted
+            members = [t for row, t in credit_set(role_ids, mask) if row == i and role_ids[i, t] == role]
+            if members and all(math.isnan(float(base[i][t] - stream[i][t])) for t in members):
+                out[i, members] = 0
+    return out
+
+
 def weights(contrasts, role_ids, mask, credit, advantages=None) -> Tensor:
     """Equations (2) to (6): 1 on valid tokens outside the credit set, 0 on masked tokens."""
     out = mask.double().cpu().clone()
