@@ -156,7 +156,8 @@ def oracle_of(case: Case, inputs: dict[str, Any], needs: Needs, dtype: torch.dty
         ]
         base = inputs.get("old_logps", logps.detach())
         contrast = oracles.contrast(base, *streams, needs.roles, mask, inputs["credit"])
-        weights = oracles.weights(contrast, needs.roles, mask, inputs["credit"], inputs["advantages"])
+        roles = oracles.without_evidence(base, *streams, needs.roles, mask, inputs["credit"])
+        weights = oracles.weights(contrast, roles, mask, inputs["credit"], inputs["advantages"])
     names = ("old_logps", "ref_logps", "importance_sampling_ratio", "num_items_in_batch")
     result = oracles.loss(
         logps,

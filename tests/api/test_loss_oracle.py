@@ -53,7 +53,8 @@ def truth_and_eager(
         ]
         base = logps.detach() if old_logps is None else old_logps
         contrast = oracles.contrast(base, *streams, batch.role_ids, mask, credit)
-        weights = oracles.weights(contrast, batch.role_ids, mask, credit, inputs["advantages"])
+        roles = oracles.without_evidence(base, *streams, batch.role_ids, mask, credit)
+        weights = oracles.weights(contrast, roles, mask, credit, inputs["advantages"])
     weights = mask.double() if weights is None else torch.where(mask.bool(), weights.double(), 0.0)
     result = oracles.loss(
         logps,
