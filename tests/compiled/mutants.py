@@ -109,9 +109,7 @@ UNWRITTEN = {
     "largest logit of a row": Mutant("row_statistics", (("tl.store(row_max_ptr + cell, row_max)", "pass"),), ()),
     "loss of a trajectory": Mutant("policy_loss", (("tl.store(loss_ptr + trajectory, loss * scale)", "pass"),), ()),
     "gradient of skipped rows": Mutant(
-        "row_statistics",
-        (("tl.zeros([BLOCK_V], tl.float32), mask=cols < V", "tl.zeros([BLOCK_V], tl.float32), mask=cols < 0"),),
-        (),
+        "row_statistics", (("tl.zeros([BLOCK_V], tl.float32), mask=cols < ", "0.0, mask=cols < 0 * "),), ()
     ),
 }
 
