@@ -21,6 +21,7 @@ def opened(
     mask = checks.mask_of(call, completion_mask, layout)
     for other, value in {name: x, **others}.items():
         call.tensor(other, value, [layout.shape], "[B, T]", "float")
+        checks.scored(call, other, value, mask, f"{function} reads")
     dtype = compute_dtype(x)
     return call, mask, [torch.where(mask, value, 0.0).to(dtype) for value in (x, *others.values())]
 

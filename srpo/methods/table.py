@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from srpo import checks
-from srpo.config import PRESETS
+from srpo.config import PRESETS, CreditConfig, check_stream
 from srpo.credit import role_contrast, token_weights
-from srpo.errors import ConfigError
+from srpo.errors import ConfigError, describe, refuse
 from srpo.methods.papo import papo_loss_term
 from srpo.methods.pgpo import pgpo_weights
 from srpo.methods.rlsd import linear_strength, rlsd_weights
 from srpo.methods.tor import tor_weights
 from srpo.methods.vgpo import vgpo_weights
 from srpo.methods.vppo import vppo_weights
+from srpo.streams import STREAMS
 
 # Every signal a method may read, and where it comes from.
 SIGNALS: MappingProxyType[str, str] = MappingProxyType(
@@ -25,8 +26,8 @@ SIGNALS: MappingProxyType[str, str] = MappingProxyType(
         "logps": "score_streams(...).logps, or the trainer's old log-probs",
         "completion_mask": "the mask of valid completion tokens",
         "role_ids": "role_ids_from_completions(...).role_ids",
-        "corrupted_logps": "score_streams(...).corrupted_logps, with role 1 on every token",
-        "ablated_logps": "score_streams(...).ablated_logps",
+        "corrupted_logps": "score_streams(..., credit=...).corrupted_logps",
+        "ablated_logps": "score_streams(..., credit=...).ablated_logps",
         "advantages": "group_advantages(rewards, group_ids)",
         "entropy": "score_streams(...).entropy",
         "teacher_logps": "the log-probs of the same tokens under the teacher",
@@ -56,6 +57,22 @@ class Method:
     source: str
     _weights: Callable[..., Tensor]
     _term: Callable[..., Tensor] | None = None
+    _credit: CreditConfig | None = None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Name the contrast streams that the method reads: `"corrupted"`, `"ablated"`, both or none."""
+        return tuple(name for name in STREAMS if f"{name}_logps" in self.needs)
+
+    def rows(self, stream: str, role_ids: Tensor | None, mask: Tensor) -> Tensor:
+        """Say which tokens of a contrast stream the method reads, as `CreditConfig.rows`.
+
+        A method without roles reads all valid tokens; `role_ids` may then be None.
+        """
+        if self._credit is not None and role_ids is not None:
+            return self._credit.rows(stream, role_ids, mask)
+        check_stream(f"METHODS[{self.name!r}].rows", stream)
+        return (mask != 0) if stream in self.streams else torch.zeros_like(mask, dtype=torch.bool)
 
     @property
     def adds_a_term(self) -> bool:
@@ -95,25 +112,27 @@ class Method:
     def _taken(self, function: str, signals: dict[str, Any]) -> dict[str, Any]:
         for name in signals.keys() - SIGNALS.keys():
             expected = "one of " + ", ".join(SIGNALS)
-            raise ConfigError(f"{function}(): signal got {name!r}, expected {expected}; see srpo.methods.SIGNALS.")
+            refuse(ConfigError, function, "signal", repr(name), expected, "see srpo.methods.SIGNALS")
         for name in ("logps", *self.needs):
             if signals.get(name) is None:
-                fix = f"pass {SIGNALS[name]}"
-                raise ConfigError(f"{function}(): {name} got None, expected what {self.name} reads; {fix}.")
+                refuse(ConfigError, function, name, "None", f"what {self.name} reads", f"pass {SIGNALS[name]}")
         return {name: signals.get(name) for name in ("logps", "completion_mask", *self.needs)}
 
 
-def _preset(name: str) -> Callable[..., Tensor]:
+_SRPO = "Structured Role-aware Policy Optimization for Multimodal Reasoning, 2605.07274"
+
+
+def _preset(name: str, needs: tuple[str, ...], passes: str, changes: str) -> Method:
     """Make a method of a preset of the credit stage."""
+    credit = PRESETS[name]
 
     def weights(logps: Tensor, completion_mask: Tensor | None, **signals: Any) -> Tensor:
-        credit, roles = PRESETS[name], signals.pop("role_ids")
-        advantages = signals.pop("advantages", None)
+        roles, advantages = signals.pop("role_ids"), signals.pop("advantages", None)
         streams = {"corrupted_logps": signals["corrupted_logps"], "ablated_logps": signals.get("ablated_logps")}
         contrast = role_contrast(logps, **streams, role_ids=roles, completion_mask=completion_mask, credit=credit)
         return token_weights(contrast, roles, completion_mask, advantages=advantages, credit=credit)
 
-    return weights
+    return Method(name, needs, passes, changes, _SRPO, weights, _credit=credit)
 
 
 def _ones(logps: Tensor, completion_mask: Tensor | None, **_: Any) -> Tensor:
@@ -126,20 +145,14 @@ def _annealed(step: int, **signals: Any) -> Tensor:
     return rlsd_weights(**signals, strength=linear_strength(step))
 
 
-_SRPO = "Structured Role-aware Policy Optimization for Multimodal Reasoning, 2605.07274"
 _BOTH = ("role_ids", "corrupted_logps", "ablated_logps")
 _ALL = (
     Method("grpo", (), "0", "nothing", "DeepSeekMath, 2402.03300", _ones),
-    Method("srpo", _BOTH, "2", "token weights in [0.8, 1.2], mean 1", _SRPO, _preset("srpo")),
-    Method("srpo_wide", _BOTH, "2", "token weights in [0.5, 2], mean 1", _SRPO, _preset("srpo_wide")),
-    Method(
-        "srpo_one_pass", _BOTH[:2], "1", "as srpo; reasoning by image independence", _SRPO, _preset("srpo_one_pass")
-    ),
-    Method(
-        "srpo_signed", (*_BOTH, "advantages"), "2", "as srpo, exponent signed by the advantage; mean free", _SRPO,
-        _preset("srpo_signed"),
-    ),
-    Method("srpo_kl", _BOTH, "2", "as srpo, contrast k3", _SRPO, _preset("srpo_kl")),
+    _preset("srpo", _BOTH, "2", "token weights in [0.8, 1.2], mean 1"),
+    _preset("srpo_wide", _BOTH, "2", "token weights in [0.5, 2], mean 1"),
+    _preset("srpo_one_pass", _BOTH[:2], "1", "as srpo; reasoning by image independence"),
+    _preset("srpo_signed", (*_BOTH, "advantages"), "2", "as srpo, exponent signed by the advantage; mean free"),
+    _preset("srpo_kl", _BOTH, "2", "as srpo, contrast k3"),
     Method(
         "rlsd", ("teacher_logps", "advantages", "step"), "1 (teacher)", "token weights in [0.8, 1.2], annealed",
         "Self-Distilled RLVR, 2604.03128", _annealed,
@@ -169,3 +182,18 @@ _ALL = (
 
 METHODS: MappingProxyType[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 """SRPO, its presets, and its neighbours by name: a comparison changes one word."""
+
+
+def credit_of(function: str, credit: Any) -> CreditConfig | Method:
+    """Return the settings or the method that a name stands for; what is no name is returned as it is.
+
+    Raises: ConfigError, in the name of `function`.
+    """
+    if isinstance(credit, CreditConfig | Method):
+        return credit
+    if isinstance(credit, str) and credit in PRESETS:
+        return PRESETS[credit]
+    if isinstance(credit, str) and credit in METHODS:
+        return METHODS[credit]
+    expected = "a CreditConfig, or one of " + ", ".join(dict.fromkeys([*PRESETS, *METHODS]))
+    refuse(ConfigError, function, "credit", describe(credit), expected, "pass credit='srpo'")
