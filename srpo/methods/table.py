@@ -193,7 +193,7 @@ def credit_of(function: str, credit: Any) -> CreditConfig | Method:
         return credit
     if isinstance(credit, str) and credit in PRESETS:
         return PRESETS[credit]
-    if isinstance(credit, str) and credit in METHODS:
-        return METHODS[credit]
-    expected = "a CreditConfig, or one of " + ", ".join(dict.fromkeys([*PRESETS, *METHODS]))
-    refuse(ConfigError, function, "credit", describe(credit), expected, "pass credit='srpo'")
+    if not isinstance(credit, str) or credit not in METHODS:
+        expected = "a CreditConfig, or one of " + ", ".join(dict.fromkeys([*PRESETS, *METHODS]))
+        refuse(ConfigError, function, "credit", describe(credit), expected, "pass credit='srpo'")
+    return METHODS[credit]
