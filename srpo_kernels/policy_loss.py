@@ -7,6 +7,9 @@ and metric sums `[R, 3]` (tokens clipped below, tokens clipped above, KL). Nothi
 multiply the coefficient by the upstream scalar.
 """
 
+# Triton's decorated functions are launched, not called, and their annotations are constexprs: pyright knows neither.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

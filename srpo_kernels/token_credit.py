@@ -7,6 +7,9 @@ Reads log-probs, role ids and mask `[N]` of padded or packed trajectories; write
 depends on padding or neighbours. Between passes `weights` holds u and `flags` the role: a barrier separates the passes.
 """
 
+# Triton's decorated functions are launched, not called, and their annotations are constexprs: pyright knows neither.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
