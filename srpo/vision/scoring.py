@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from srpo import checks
-from srpo.errors import ConfigError, ShapeError
+from srpo.config import CreditConfig
+from srpo.errors import ConfigError, ShapeError, describe, is_int
 from srpo.hidden import selected_logps_from_hidden
 from srpo.loss import selected_logps
+from srpo.methods.table import Method, credit_of
 from srpo.roles import Role
+from srpo.streams import STREAMS, no_evidence, not_scored
 from srpo.vision.ablation import hide, swap
 from srpo.vision.access import (
     counted_positions,
@@ -35,19 +38,21 @@ from srpo.vision.contexts import check_corrupted, corrupted_context
 from srpo.vision.corruption import PatchMask, PixelLayout
 from srpo.vision.inputs import ModelInputs, check_inputs, row_cuts
 
-_STREAMS = ("clean", "corrupted", "ablated")
-
 
 class StreamLogps(NamedTuple):
     """Log-probs of the completion tokens in each context; none carries a gradient.
 
     Args:
         logps: `[B, T]` fp32 nats, 0 on padding.
-        corrupted_logps: `[B, T]` with the image corrupted: scored on perception tokens, elsewhere the clean value, so
-            that the contrast is 0; None when not asked for.
-        ablated_logps: `[B, T]` with the perception tokens hidden: scored on reasoning tokens, elsewhere the clean
-            value; None when not asked for.
+        corrupted_logps: `[B, T]` with the image corrupted, on the tokens that the credit reads; None when it reads
+            none.
+        ablated_logps: `[B, T]` with the perception tokens hidden, on the tokens that the credit reads; None when it
+            reads none.
         entropy: `[B, T]` nats, of the clean context.
+
+    Cells that the credit does not read are NaN, and so are those of a row that has nothing to be contrasted with: no
+    picture, or no perception. The losses tell the two apart: a row of the second kind has weights of exactly 1, a cell
+    of the first kind that is read after all is refused, or counted in `srpo/cells_not_scored`.
     """
 
     logps: Tensor
@@ -63,13 +68,15 @@ def score_streams(
     attention_mask: Tensor,
     logits_to_keep: int,
     *,
-    role_ids: Tensor,
+    role_ids: Tensor | None = None,
+    credit: CreditConfig | Method | str = "srpo",
     corruption: Any = PatchMask(),  # noqa: B008 - frozen
     corrupted_inputs: Mapping[str, Any] | None = None,
     generator: torch.Generator | int | None = None,
-    streams: Sequence[str] = _STREAMS,
+    streams: Sequence[str] | None = None,
     temperature: float = 1.0,
     batch_size: int | None = None,
+    ablation: str | None = None,
     method: str | None = None,
     pixel_layout: PixelLayout | None = None,
     other_perception_ids: Tensor | None = None,
@@ -83,7 +90,9 @@ def score_streams(
         input_ids: `[B, S]` prompt and completion, prompts padded on the left.
         attention_mask: `[B, S]` 0/1.
         logits_to_keep: T, the columns of the completion.
-        role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
+        role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning; None for a credit that reads no roles.
+        credit: a `CreditConfig`, or the name of a preset or a method of `METHODS`: what will read the streams decides
+            which of them are scored, and on which tokens. Pass the same to the loss.
         corruption: one of `srpo.vision.corruption`, for families whose `pixel_layout` is known.
         corrupted_inputs: for every family, what the processor made of corrupted pictures (`corrupt_images`), by the
             names it has in `multimodal_inputs` and of the same shapes; takes the place of `corruption`, `generator`
@@ -91,12 +100,13 @@ def score_streams(
         generator: a CPU generator, which advances by one draw per picture, or a seed; None: a seed for each sequence,
             made of its pictures and its prompt: all rollouts of a prompt see the same corrupted pictures, and neither
             batch, padding nor rank matters (`ShuffleImages`, which mixes sequences, takes one of all prompts).
-        streams: which of `"clean"`, `"corrupted"`, `"ablated"`; the clean one is always scored.
+        streams: which of `"clean"` and the streams that the credit reads; None: all. The clean one is always scored.
         temperature: sampling temperature.
         batch_size: sequences per forward; None: all. The result does not depend on it beyond rounding.
-        method: how perception is hidden. None or `"delete"` cuts the tokens out and keeps the positions of the others;
-            `"mask"` zeroes their attention mask, which is the same but for models whose state or window a mask does
-            not reach (linear attention, SSM, short sliding windows): those refuse it.
+        ablation: how perception is hidden. None or `"delete"` cuts the tokens out and keeps the positions of the
+            others; `"mask"` zeroes their attention mask, which is the same but for models whose state or window a mask
+            does not reach (linear attention, SSM, short sliding windows): those refuse it.
+        method: the old name of `ablation`.
         pixel_layout: where pictures lie in `pixel_values`; None: `PixelLayout.of_model(model)`.
         other_perception_ids: `[B, M]` perception tokens of another rollout (`perception_tokens`), put in the place of
             the own ones in the ablated context: reasoning is then contrasted with a mismatched perception instead of
@@ -130,19 +140,24 @@ def score_streams(
         fix = "score such models with their own forward and pass the log-probs to role_weighted_grpo_loss"
         call.fail(ConfigError, "model", type(model).__name__, "a decoder, whose input ends with the completion", fix)
     if input_ids.dim() != 2:
-        call.fail(ShapeError, "input_ids", checks.describe(input_ids), "[B, S]", "stack the sequences, padded left")
-    streams = _streams_of(call, streams)
-    _check_settings(call, input_ids, logits_to_keep, batch_size, method, corruption)
+        call.fail(ShapeError, "input_ids", describe(input_ids), "[B, S]", "stack the sequences, padded left")
+    reader = credit_of("score_streams", credit)
+    streams = _streams_of(call, streams, reader)
+    ablation = _renamed(call, ablation, method)
+    _check_settings(call, input_ids, logits_to_keep, batch_size, ablation, corruption)
     checks.temperature(call, temperature)
     whole = check_inputs(call, model, input_ids, attention_mask, logits_to_keep, multimodal_inputs)
     B, T = len(input_ids), logits_to_keep
-    call.tensor("role_ids", role_ids, [(B, T)], "[B, T] with T = logits_to_keep", "int")
     valid = attention_mask[:, -T:] != 0
-    call.within("role_ids", role_ids, 0, 2, valid, "roles (0 other, 1 perception, 2 reasoning)", "see RoleParse")
+    if role_ids is None and isinstance(reader, Method) and "role_ids" not in reader.needs:
+        role_ids = torch.zeros_like(valid, dtype=torch.int8)
+    call.tensor("role_ids", role_ids, [(B, T)], "[B, T] with T = logits_to_keep", "int")
+    roles: Any = role_ids
+    call.within("role_ids", roles, 0, 2, valid, "roles (0 other, 1 perception, 2 reasoning)", "see RoleParse")
     unreachable = keeps_state(model) or counts_columns(model, input_ids.shape[1])
-    if method == "mask" and unreachable:
-        fix = "pass method=None"
-        call.fail(ConfigError, "method", "'mask'", "'delete' for a model whose state a mask does not reach", fix)
+    if ablation == "mask" and unreachable:
+        fix = "pass ablation=None"
+        call.fail(ConfigError, "ablation", "'mask'", "'delete' for a model whose state a mask does not reach", fix)
     other = _check_other(call, whole, other_perception_ids, other_perception_mask)
     if corrupted_inputs is not None:
         check_corrupted(call, whole, corrupted_inputs)
@@ -157,22 +172,25 @@ def score_streams(
         positions = rope_positions(model, input_ids, attention_mask, whole.multimodal)
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
-    scorer = _Scorer(model, temperature, method or "delete", streams)
+    scorer = _Scorer(model, temperature, ablation or "delete", streams, reader)
     parts = []
     with evaluating(model):
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
             bad = None if corrupted is None else corrupted.rows(rows, cuts)
             swapped = None if other is None else (other[0][rows], other[1][rows])
-            parts.append(scorer.streams(whole.rows(rows, cuts), bad, role_ids[rows], swapped))
+            parts.append(scorer.streams(whole.rows(rows, cuts), bad, roles[rows], swapped))
     return _joined(parts, valid, streams)
 
 
 class _Scorer:
     """The model, and what the first forward tells about its head."""
 
-    def __init__(self, model: Any, temperature: float, method: str, streams: tuple[str, ...]) -> None:
-        self.model, self.temperature, self.method, self.wanted = model, temperature, method, streams
+    def __init__(
+        self, model: Any, temperature: float, ablation: str, streams: tuple[str, ...], reader: CreditConfig | Method
+    ) -> None:
+        self.model, self.temperature, self.ablation = model, temperature, ablation
+        self.wanted, self.reader = streams, reader
         self.in_step = is_sharded(model)
         self.head_is_bare = False if self.in_step else None  # None: not known yet
 
@@ -184,45 +202,42 @@ class _Scorer:
         start = inputs.input_ids.shape[1] - T
         ids, valid = inputs.input_ids[:, start:], inputs.attention_mask[:, start:] != 0
         before = torch.arange(start - 1, start + T - 1, device=ids.device).expand(B, T)
-        seen, reasoned = valid & (roles == Role.PERCEPTION), valid & (roles == Role.REASONING)
-        reasoned = reasoned & seen.any(dim=1, keepdim=True)
-        shares = "ablated" in self.wanted and inputs.has_pixels() and bool(reasoned.any())
+        seen = valid & (roles == Role.PERCEPTION)
+        visual, reasoned = (self.reader.rows(name, roles, valid) for name in STREAMS)
+        reasons = reasoned & seen.any(dim=1, keepdim=True)
+        shares = "ablated" in self.wanted and inputs.has_pixels() and bool(reasons.any())
         if shares:
             inputs = inputs.with_features(vision_features(self.model, inputs.multimodal))
         with positions_given(self.model, *inputs.input_ids.shape) as positions:
             logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
         results: list[Tensor | None] = [logps, None, None, entropy]
         if "corrupted" in self.wanted:
-            results[1] = self._without_image(inputs, corrupted, seen, before, ids, logps)
+            found, scored = self._without_image(inputs, corrupted, visual, before, ids)
+            results[1] = _cells(logps, visual, found, scored)
         if "ablated" in self.wanted:
-            results[2] = logps
-            if reasoned.any():
+            scored = logps
+            if reasons.any():
                 context, source = self._ablated(inputs, seen, other, positions)
-                results[2] = torch.where(reasoned, self.score(context, source, ids, reasoned), logps)
+                scored = self.score(context, source, ids, reasons)
             else:
                 self._keep_in_step(inputs)
+            results[2] = _cells(logps, reasoned, reasons, scored)
         return results
 
     def _without_image(
-        self,
-        inputs: ModelInputs,
-        corrupted: ModelInputs | None,
-        seen: Tensor,
-        before: Tensor,
-        ids: Tensor,
-        clean: Tensor,
-    ) -> Tensor:
-        """Score perception tokens with the image corrupted; return the clean log-probs of all others."""
-        start = inputs.input_ids.shape[1] - seen.shape[1]
-        if corrupted is not None:
-            seen = seen & corrupted.with_picture()[:, None]
-        if corrupted is None or not seen.any():
+        self, inputs: ModelInputs, corrupted: ModelInputs | None, rows: Tensor, before: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score some tokens with the image corrupted; return which of them have one, and the log-probs of those."""
+        start = inputs.input_ids.shape[1] - rows.shape[1]
+        nothing = torch.zeros(rows.shape, device=rows.device)
+        rows = torch.zeros_like(rows) if corrupted is None else rows & corrupted.with_picture()[:, None]
+        if corrupted is None or not rows.any():
             self._keep_in_step(inputs)
-            return clean
-        end = self._last_needed(corrupted, seen, start)
+            return rows, nothing
+        end = self._last_needed(corrupted, rows, start)
         short = corrupted.columns(slice(0, start + end - 1))
-        scored = self.score(short, before[:, :end], ids[:, :end], seen[:, :end])
-        return torch.cat([torch.where(seen[:, :end], scored, clean[:, :end]), clean[:, end:]], dim=1)
+        scored = self.score(short, before[:, :end], ids[:, :end], rows[:, :end])
+        return rows, torch.cat([scored, nothing[:, end:].to(scored)], dim=1)
 
     def _keep_in_step(self, inputs: ModelInputs) -> None:
         """Run a forward that this rank has no use for: others gather parameters in theirs, and would wait for ever."""
@@ -237,7 +252,7 @@ class _Scorer:
         if inputs.position_ids is None and takes_positions(self.model):
             found = positions[0] if positions else self._counted(inputs)
             inputs = replace(inputs, position_ids=found)
-        return hide(inputs, seen, cut=self.method == "delete")
+        return hide(inputs, seen, cut=self.ablation == "delete")
 
     def _counted(self, inputs: ModelInputs) -> Tensor:
         found = counted_positions(self.model, inputs.input_ids, inputs.attention_mask)
@@ -287,30 +302,49 @@ def _check_other(
     return other_ids, mask
 
 
+def _cells(like: Tensor, wanted: Tensor, found: Tensor, scored: Tensor) -> Tensor:
+    """Return what was scored where it was `found`; elsewhere say whether it was wanted at all."""
+    return torch.where(found, scored.to(like), torch.where(wanted, no_evidence(like), not_scored(like)))
+
+
 def _at(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.expand(-1, -1, rows.shape[-1]))
 
 
 @functools.cache
 def _warn_without_image() -> None:
-    message = "score_streams(): there is no image in this batch, so its perception contrasts are 0 (said once)"
+    message = "score_streams(): there is no image in this batch, so nothing is contrasted with one (said once)"
     warnings.warn(message, stacklevel=4)  # past the cache and no_grad, to the caller
 
 
 def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str]) -> StreamLogps:
     if not parts:
         nothing = torch.zeros(valid.shape, device=valid.device)
-        parts = [[nothing, *(nothing if name in streams else None for name in _STREAMS[1:]), nothing]]
+        parts = [[nothing, *(nothing if name in streams else None for name in STREAMS), nothing]]
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return StreamLogps(*joined)  # pyright: ignore[reportArgumentType]
 
 
-def _streams_of(call: checks.Call, streams: Any) -> tuple[str, ...]:
+def _streams_of(call: checks.Call, streams: Any, reader: CreditConfig | Method) -> tuple[str, ...]:
+    """Return the streams to score: all that are read, or those of them that were chosen."""
+    known = ("clean", *reader.streams)
+    if streams is None:
+        return known
     chosen = tuple(streams) if isinstance(streams, Iterable) and not isinstance(streams, str) else (streams,)
-    if isinstance(streams, str) or not all(isinstance(x, str) and x in _STREAMS for x in chosen):
-        fix = "pass ('clean', 'corrupted') for a single extra pass"
-        call.fail(ConfigError, "streams", repr(streams), f"a selection of {_STREAMS}", fix)
+    if isinstance(streams, str) or not all(isinstance(x, str) and x in known for x in chosen):
+        fix = "pass streams=None, and the credit that will read them as credit="
+        call.fail(ConfigError, "streams", repr(streams), f"a selection of {known}, which the credit reads", fix)
     return chosen
+
+
+def _renamed(call: checks.Call, ablation: Any, method: Any) -> Any:
+    """Return `ablation`, also under its old name."""
+    if method is not None:
+        message = "srpo: score_streams(method=) is now ablation=; the old name goes with the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=4)  # past no_grad, to the caller
+        if ablation is not None:
+            call.fail(ConfigError, "method", repr(method), "None beside ablation=", "drop method")
+    return method if ablation is None else ablation
 
 
 def _check_settings(
@@ -318,17 +352,17 @@ def _check_settings(
     input_ids: Tensor,
     logits_to_keep: Any,
     batch_size: Any,
-    method: Any,
+    ablation: Any,
     corruption: Any,
 ) -> None:
     S = input_ids.shape[1]
-    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or not 0 < logits_to_keep < S:
+    if not is_int(logits_to_keep) or not 0 < logits_to_keep < S:
         fix = "pass completion_ids.size(1)"
         call.fail(ConfigError, "logits_to_keep", repr(logits_to_keep), f"an int in [1, {S - 1}]", fix)
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and not (is_int(batch_size) and batch_size > 0):
         call.fail(ConfigError, "batch_size", repr(batch_size), "None or a positive int", "pass batch_size=None")
-    if method not in (None, "mask", "delete"):
-        call.fail(ConfigError, "method", repr(method), "None, 'mask' or 'delete'", "pass method=None")
+    if ablation not in (None, "mask", "delete"):
+        call.fail(ConfigError, "ablation", repr(ablation), "None, 'mask' or 'delete'", "pass ablation=None")
     if isinstance(corruption, type) or not callable(getattr(corruption, "on_inputs", None)):
         fix = "pass PatchMask() or another of srpo.vision.corruption"
-        call.fail(ConfigError, "corruption", checks.describe(corruption), "a corruption with on_inputs", fix)
+        call.fail(ConfigError, "corruption", describe(corruption), "a corruption with on_inputs", fix)
