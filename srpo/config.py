@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from srpo.errors import ConfigError, ConfigWarning, check_fields, refuse, require
+from srpo.errors import ConfigError, ConfigWarning, check_fields, checked_fields, refuse, require
 from srpo.streams import STREAMS
 from srpo_kernels.rules import CreditRule, LossRule
 
@@ -43,6 +43,7 @@ class _Ruled:
         return type(self), tuple(vars(self).values())
 
 
+@checked_fields
 @dataclass(frozen=True)
 class CreditConfig(_Ruled):
     """Hold the settings that turn log-probs of three streams into token weights.
@@ -134,6 +135,7 @@ class CreditConfig(_Ruled):
         return reads & (mask != 0)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class LossConfig(_Ruled):
     """Hold the settings of the clipped policy loss. Names and defaults are those of TRL's `GRPOConfig`.

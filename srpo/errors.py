@@ -7,7 +7,7 @@ called, which argument, what it got, what it expected, and one fix: `refuse` is 
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal, NoReturn, TypeGuard, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, get_args, get_origin
 
 from torch import Tensor
 
@@ -74,6 +74,7 @@ def is_number(x: Any) -> TypeGuard[float]:
     return (is_int(x) or isinstance(x, float)) and math.isfinite(x)
 
 
+_T = TypeVar("_T")
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda x: isinstance(x, bool), "True or False"),
     int: (is_int, "an int"),
@@ -83,19 +84,31 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def checked_fields(cls: type[_T]) -> type[_T]:
+    """Decorate a settings dataclass: read off its annotations what `check_fields` asks of each field.
+
+    Once for the class: torch.compile can follow the checks of an instance, not the annotations.
+    """
+    rules = []
+    for field in fields(cls):  # pyright: ignore[reportArgumentType]
+        if get_origin(field.type) is Literal:
+            options = get_args(field.type)
+            rules.append((field.name, options, None, "one of " + ", ".join(map(repr, options))))
+        elif field.type in _KINDS:
+            rules.append((field.name, None, *_KINDS[field.type]))
+    cls._field_rules = tuple(rules)  # pyright: ignore[reportAttributeAccessIssue]
+    return cls
+
+
 def check_fields(settings: Any) -> None:
     """Check each field of a settings dataclass against its annotation: choices, numbers, flags, None where allowed.
 
     Raises: ConfigError, which proposes the default.
     """
-    for field in fields(settings):
-        value, hint = getattr(settings, field.name), field.type
-        if get_origin(hint) is Literal:
-            expected = "one of " + ", ".join(map(repr, get_args(hint)))
-            require(settings, field.name, isinstance(value, str) and value in get_args(hint), expected)
-        elif hint in _KINDS:
-            fits, expected = _KINDS[hint]
-            require(settings, field.name, fits(value), expected)
+    for name, options, fits, expected in settings._field_rules:
+        value = getattr(settings, name)
+        holds = isinstance(value, str) and value in options if fits is None else fits(value)
+        require(settings, name, holds, expected)
 
 
 def require(settings: Any, name: str, holds: bool, expected: str, fix: str = "") -> None:

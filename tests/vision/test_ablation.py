@@ -7,6 +7,7 @@ from tiny_vlms import FAMILIES, PROMPTS, build, picture
 
 import srpo
 from srpo import PatchMask, Role, perception_tokens, score_streams
+from srpo.streams import is_no_evidence, is_not_scored
 
 T = 9
 ROLES = torch.tensor([[1, 1, 2, 2, 1, 2, 0, 2, 2], [0, 1, 1, 2, 2, 2, 2, 0, 0], [2, 2, 0, 0, 2, 2, 2, 2, 0]])
@@ -74,10 +75,9 @@ def test_swapped_perception_equals_a_sequence_made_by_hand(family, batch_size):
     for row in (0, 1):
         for t, expected in by_hand(model, ids, mask, inputs, others, row).items():
             assert streams.ablated_logps[row, t].item() == pytest.approx(expected, abs=1e-5)
-    # no perception to replace: contrast 0
-    assert torch.equal(streams.ablated_logps[2], streams.logps[2])
-    untouched = ROLES != Role.REASONING
-    assert torch.equal(streams.ablated_logps[untouched], streams.logps[untouched])
+    reasons = (VALID == 1) & (ROLES == Role.REASONING)
+    assert is_no_evidence(streams.ablated_logps[2][reasons[2]]).all()  # no perception to replace
+    assert is_not_scored(streams.ablated_logps[~reasons]).all()
     assert streams.corrupted_logps is None
 
 
@@ -96,11 +96,12 @@ def test_the_own_perception_as_the_other_one_gives_contrast_0():
     own, own_mask = perception_tokens(ids[:, -T:], roles, VALID[:2])
     arguments = {"role_ids": roles, "streams": ("clean", "ablated")}
     same = score_streams(model, ids, valid, T, other_perception_ids=own, other_perception_mask=own_mask, **arguments)
-    torch.testing.assert_close(same.ablated_logps, same.logps)
+    reasons = (VALID[:2] == 1) & (roles == Role.REASONING)
+    torch.testing.assert_close(same.ablated_logps[reasons], same.logps[reasons])
     mixed = score_streams(
         model, ids, valid, T, other_perception_ids=own.flip(0), other_perception_mask=own_mask.flip(0), **arguments
     )
-    assert (mixed.ablated_logps - mixed.logps)[roles == Role.REASONING].abs().max() > 1e-3
+    assert (mixed.ablated_logps - mixed.logps)[reasons].abs().max() > 1e-3
 
 
 def test_perception_tokens_are_taken_in_order_and_padded():

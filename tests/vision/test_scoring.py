@@ -9,212 +9,46 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import math
 import random
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import rollouts
 import tiny_vlms
 import torch
 import transformers
-from tiny_vlms import FAMILIES, IMAGE_BLOCKS, picture
+from rollouts import (
+    ROLES,
+    SEED,
+    TEXT,
+    Rollout,
+    T,
+    assert_close,
+    build_text,
+    corrupted_inputs,
+    deleted_logps,
+    largest,
+    make_rollout,
+    own_logits,
+    own_logps,
+    own_positions,
+    processed,
+    recorded_positions,
+    same_bits,
+    text_rollout,
+)
+from tiny_vlms import FAMILIES
 from torch import Tensor, nn
 
 from srpo import ConfigError, DtypeError, RoleParseError, ShapeError, SRPOError
+from srpo.streams import is_no_evidence, is_not_scored
 from srpo.vision import scoring
 from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
-from srpo.vision.scoring import StreamLogps, score_streams
+from srpo.vision.scoring import score_streams
 from srpo_kernels import linear_head
-
-T = 9
-LENGTHS = (9, 7, 6)
-# Two spans of perception in each row, next to reasoning and apart from it, at token 0, and on padding.
-ROLES = [[0, 1, 1, 0, 2, 2, 1, 2, 2], [1, 0, 2, 1, 1, 2, 2, 1, 2], [0, 1, 0, 1, 2, 2, 1, 1, 2]]
-SEED = 5
-EXACT = {"rtol": 0, "atol": 1e-5}
-TEXT = {
-    "vocab_size": 60,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Left-padded prompts with ragged completions; text and pictures of each row, to process it alone."""
-
-    model: Any
-    ids: Tensor
-    mask: Tensor
-    roles: Tensor
-    inputs: dict[str, Any]
-    processor: Any = None
-    family: str = ""
-    texts: tuple[str, ...] = ()
-    pictures: tuple[tuple[Any, ...], ...] = ()
-
-    @property
-    def valid(self) -> Tensor:
-        return self.mask[:, -T:].bool()
-
-    @property
-    def seen(self) -> Tensor:
-        return self.valid & (self.roles == 1)
-
-    @property
-    def reasoned(self) -> Tensor:
-        return self.valid & (self.roles == 2) & self.seen.any(dim=1, keepdim=True)
-
-    def score(self, **changes: Any) -> StreamLogps:
-        arguments = {"role_ids": self.roles, "generator": SEED, **self.inputs, **changes}
-        return score_streams(self.model, self.ids, self.mask, T, **arguments)
-
-
-def draw_completions(rows: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(20, 50, (rows, T), generator=generator)
-    mask = (torch.arange(T) < torch.tensor(LENGTHS)[:rows, None]).long()
-    return ids * mask, mask
-
-
-def processed(family: str, processor: Any, texts: Any, pictures: Any) -> dict[str, Any]:
-    flat = [image for row in pictures for image in row]
-    images = [list(row) for row in pictures] if family == "idefics3" else flat
-    return dict(processor(text=list(texts), images=images if flat else None, padding=True, return_tensors="pt"))
-
-
-def make_rollout(family: str, vlm: tuple[Any, Any], images: tuple[int, ...] = (2, 0, 1)) -> Rollout:
-    """Rows with so many images each; those of Qwen differ in size."""
-    model, processor = vlm
-    widths = (32, 24, 16) if "qwen" in family else (32,)
-    flat = [picture(3 + n % 4, (widths[n % len(widths)], 32), seed=n) for n in range(sum(images))]
-    pictures = tuple(tuple(flat[sum(images[:row]) :][:count]) for row, count in enumerate(images))
-    blocks = ["".join(IMAGE_BLOCKS[family] + "abc"[j] for j in range(count)) for count in images]
-    texts = tuple(f"<|user|>{x}{'how many?'[: 4 + 2 * row]}<|assistant|>" for row, x in enumerate(blocks))
-    prompts = processed(family, processor, texts, pictures)
-    ids, mask = draw_completions(len(images))
-    if "mm_token_type_ids" in prompts:
-        prompts["mm_token_type_ids"] = nn.functional.pad(prompts["mm_token_type_ids"], (0, T))
-    return Rollout(
-        model,
-        torch.cat([prompts.pop("input_ids"), ids], dim=1),
-        torch.cat([prompts.pop("attention_mask"), mask], dim=1),
-        torch.tensor(ROLES)[: len(images)],
-        prompts,
-        processor,
-        family,
-        texts,
-        pictures,
-    )
-
-
-def text_rollout(model: Any) -> Rollout:
-    ids, mask = draw_completions(3)
-    prompt = torch.randint(4, 50, (3, 6), generator=torch.Generator().manual_seed(2))
-    padding = (torch.arange(6) >= torch.tensor([3, 1, 0])[:, None]).long()
-    return Rollout(model, torch.cat([prompt * padding, ids], 1), torch.cat([padding, mask], 1), torch.tensor(ROLES), {})
-
-
-def build_text(name: str, **settings: Any) -> Any:
-    config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model_class(config_class(**TEXT | settings)).eval()
-
-
-# Oracles
-
-
-@torch.no_grad()
-def own_logits(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
-    """The model's logits of the completion, fp32."""
-    return model(input_ids=ids, attention_mask=mask, **inputs).logits[:, -T - 1 : -1].float()
-
-
-def own_logps(model: Any, ids: Tensor, mask: Tensor, temperature: float = 1.0, **inputs: Any) -> Tensor:
-    logits = own_logits(model, ids, mask, **inputs) / temperature
-    return logits.log_softmax(dim=-1).gather(-1, ids[:, -T:, None])[..., 0]
-
-
-@contextlib.contextmanager
-def recorded_positions(model: Any):
-    """The positions `[..., B, S]` that each forward gives the rotary embedding of the language model."""
-    (rotary,) = (m for name, m in model.named_modules() if name.endswith("rotary_emb") and "visual" not in name)
-    found: list[Tensor] = []
-
-    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
-
-    with rotary.register_forward_pre_hook(record, with_kwargs=True):
-        yield found
-
-
-def own_positions(rollout: Rollout) -> Tensor | None:
-    """The positions that the model gives the whole batch; None for a model without."""
-    if rollout.model.config.model_type == "opt":
-        return rollout.mask.cumsum(dim=1) - 1
-    if not any("rotary_emb" in name for name, _ in rollout.model.named_modules()):
-        return None
-    with recorded_positions(rollout.model) as found:
-        own_logits(rollout.model, rollout.ids, rollout.mask, **rollout.inputs)
-    return found[0].expand(*found[0].shape[:-2], *rollout.ids.shape)
-
-
-def deleted_logps(rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Score each row alone and unpadded, without the tokens of perception; NaN where a token is gone."""
-    positions = own_positions(rollout)
-    kept = rollout.mask.bool().clone()
-    kept[:, -T:] &= ~rollout.seen
-    out = torch.full(rollout.roles.shape, math.nan)
-    for row, keep in enumerate(kept):
-        columns = keep.nonzero()[:, 0]
-        inputs = row_inputs(rollout, row, len(columns))
-        if positions is not None:
-            inputs["position_ids"] = positions[..., row : row + 1, columns]
-        ids = rollout.ids[row : row + 1, columns]
-        with torch.no_grad():
-            logits = rollout.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits.float()
-        logps = (logits[:, :-1] / temperature).log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[0, :, 0]
-        in_completion = columns >= rollout.ids.shape[1] - T
-        out[row, columns[in_completion] - rollout.ids.shape[1] + T] = logps[in_completion[1:]]
-    return out
-
-
-def row_inputs(rollout: Rollout, row: int, length: int) -> dict[str, Any]:
-    """What the processor makes of the pictures of one row."""
-    if not rollout.pictures or not rollout.pictures[row]:
-        return {}
-    texts, pictures = rollout.texts[row : row + 1], rollout.pictures[row : row + 1]
-    inputs = processed(rollout.family, rollout.processor, texts, pictures)
-    if "mm_token_type_ids" in inputs:
-        gap = length - inputs["mm_token_type_ids"].shape[1]
-        inputs["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, gap))
-    return {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")}
-
-
-def corrupted_inputs(rollout: Rollout, corruption: Any) -> dict[str, Any]:
-    return corruption.on_inputs(rollout.inputs, PixelLayout.of_model(rollout.model), generator=SEED)
-
-
-def assert_close(got: Tensor, expected: Tensor, where: Tensor, **tolerance: float) -> None:
-    assert where.any()
-    torch.testing.assert_close(got[where].float(), expected[where].float(), **tolerance or EXACT)
-
-
-def largest(a: Tensor, b: Tensor, where: Tensor) -> float:
-    return float((a - b).abs()[where].max())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -239,7 +73,10 @@ def test_clean_scores_are_the_models_own(rollout, temperature):
     assert_close(out.entropy, torch.distributions.Categorical(logits=logits).entropy(), rollout.valid)
     for x in out:
         assert (x.dtype, x.shape, x.requires_grad) == (torch.float32, (3, T), False)
+    for x in (out.logps, out.entropy):
         assert torch.equal(x[~rollout.valid], torch.zeros_like(x[~rollout.valid]))
+    for x in (out.corrupted_logps, out.ablated_logps):
+        assert is_not_scored(x[~rollout.valid]).all()
 
 
 @pytest.mark.parametrize("corruption", [PatchMask(), GaussianNoise(), Blur(), Blank(), ShuffleImages()], ids=repr)
@@ -247,10 +84,10 @@ def test_perception_is_scored_on_the_corrupted_pixels(rollout, corruption):
     out = rollout.score(corruption=corruption, streams=("clean", "corrupted"))
     inputs = corrupted_inputs(rollout, corruption)
     bad = own_logps(rollout.model, rollout.ids, rollout.mask, **inputs)
-    has_image = rollout.seen & torch.tensor([[True], [False], [True]])
-    assert_close(out.corrupted_logps, bad, rollout.seen)
-    assert largest(out.corrupted_logps, out.logps, has_image) > 1e-3
-    assert torch.equal(out.corrupted_logps[~rollout.seen], out.logps[~rollout.seen])
+    assert_close(out.corrupted_logps, bad, rollout.visual)
+    assert largest(out.corrupted_logps, out.logps, rollout.visual) > 1e-3
+    assert is_no_evidence(out.corrupted_logps[rollout.seen & ~rollout.visual]).all()
+    assert is_not_scored(out.corrupted_logps[~rollout.seen]).all()
 
 
 def test_corrupted_pixels_equal_processing_corrupted_pictures(rollout):
@@ -261,7 +98,7 @@ def test_corrupted_pixels_equal_processing_corrupted_pictures(rollout):
     inputs = processed(rollout.family, rollout.processor, rollout.texts, pictures)
     inputs = rollout.inputs | {"pixel_values": inputs["pixel_values"]}
     bad = own_logps(rollout.model, rollout.ids, rollout.mask, 0.7, **inputs)
-    assert_close(rollout.score(temperature=0.7).corrupted_logps, bad, rollout.seen)
+    assert_close(rollout.score(temperature=0.7).corrupted_logps, bad, rollout.visual)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -269,13 +106,13 @@ def test_hiding_perception_equals_deleting_it(rollout, attention):
     rollout.model.set_attn_implementation(attention)
     try:
         expected = deleted_logps(rollout, 0.7)
-        scores = [rollout.score(method=method, temperature=0.7) for method in ("mask", "delete", None)]
+        scores = [rollout.score(ablation=ablation, temperature=0.7) for ablation in ("mask", "delete", None)]
     finally:
         rollout.model.set_attn_implementation("sdpa")
     for out in scores:
         assert_close(out.ablated_logps, expected, rollout.reasoned)
         assert largest(out.ablated_logps, out.logps, rollout.reasoned) > 1e-2
-        assert torch.equal(out.ablated_logps[~rollout.reasoned], out.logps[~rollout.reasoned])
+        assert is_not_scored(out.ablated_logps[~(rollout.valid & (rollout.roles == 2))]).all()
 
 
 def test_a_mask_alone_would_not_delete_the_perception(rollout):
@@ -291,18 +128,18 @@ def test_deletion_in_rows_that_differ_in_what_they_lose(rollout):
     roles = torch.tensor([[0] * 3 + [2] * 6, [1] * 5 + [2] * 4, [2, 2, 1, 2, 2, 1, 2, 2, 2]])
     other = replace(rollout, roles=roles)
     expected = deleted_logps(other)
-    for method in ("mask", "delete"):
-        out = other.score(method=method)
+    for ablation in ("mask", "delete"):
+        out = other.score(ablation=ablation)
         assert_close(out.ablated_logps, expected, other.reasoned)
-        assert torch.equal(out.ablated_logps[0], out.logps[0])
+        assert is_no_evidence(out.ablated_logps[0, 3:]).all()  # no perception that could be hidden
 
 
 @pytest.mark.parametrize("corruption", [PatchMask(), ShuffleImages()], ids=repr)
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_small_batches_equal_the_whole(rollout, corruption, batch_size):
     whole = rollout.score(corruption=corruption)
-    for method in ("mask", "delete"):
-        parts = rollout.score(corruption=corruption, batch_size=batch_size, method=method)
+    for ablation in ("mask", "delete"):
+        parts = rollout.score(corruption=corruption, batch_size=batch_size, ablation=ablation)
         for got, expected in zip(parts, whole, strict=True):
             assert_close(got, expected, rollout.valid)
 
@@ -352,7 +189,7 @@ def test_other_numbers_of_images(family, images):
     for batch_size in (None, 1):
         out = rollout.score(batch_size=batch_size)
         assert_close(out.logps, own_logps(rollout.model, rollout.ids, rollout.mask, **rollout.inputs), rollout.valid)
-        assert_close(out.corrupted_logps, bad, rollout.seen)
+        assert_close(out.corrupted_logps, bad, rollout.visual)
         assert_close(out.ablated_logps, deleted_logps(rollout), rollout.reasoned)
 
 
@@ -364,10 +201,11 @@ def test_the_number_of_images_may_be_given(rollout):
 def test_a_sequence_without_tokens_stays_finite(rollout):
     mask = rollout.mask.clone()
     mask[1] = 0
-    for method in ("mask", "delete"):
+    for ablation in ("mask", "delete"):
         for batch_size in (None, 1):
-            out = replace(rollout, mask=mask).score(method=method, batch_size=batch_size)
-            assert all(x.isfinite().all() and not x[1].any() for x in out)
+            out = replace(rollout, mask=mask).score(ablation=ablation, batch_size=batch_size)
+            assert all(x.isfinite().all() and not x[1].any() for x in (out.logps, out.entropy))
+            assert all(is_not_scored(x[1]).all() for x in (out.corrupted_logps, out.ablated_logps))
 
 
 def test_masks_and_roles_of_other_types(rollout):
@@ -375,7 +213,7 @@ def test_masks_and_roles_of_other_types(rollout):
     for mask_type, role_type in [(torch.bool, torch.int8), (torch.float32, torch.uint8), (torch.int32, torch.int32)]:
         other = replace(rollout, mask=rollout.mask.to(mask_type), roles=rollout.roles.to(role_type))
         for got, expected in zip(other.score(), whole, strict=True):
-            assert torch.equal(got, expected)
+            assert same_bits(got, expected)
 
 
 # Work that is not done
@@ -413,9 +251,9 @@ def test_the_corrupted_forward_stops_before_the_last_perception_token(rollout):
 
 def test_deleting_shortens_the_forward_and_masking_does_not(rollout):
     S, gone = rollout.ids.shape[1], int(rollout.seen.sum(dim=1).min())
-    for method, columns in [(None, S - gone), ("mask", S), ("delete", S - gone)]:
+    for ablation, columns in [(None, S - gone), ("mask", S), ("delete", S - gone)]:
         with recorded_positions(rollout.model) as found:
-            rollout.score(streams=("clean", "ablated"), method=method)
+            rollout.score(streams=("clean", "ablated"), ablation=ablation)
         assert [positions.shape[-1] for positions in found] == [S, columns]
 
 
@@ -446,25 +284,25 @@ def test_streams_without_a_token_of_their_role_cost_nothing(rollout):
         with counted_calls(rollout.model) as calls:
             out = replace(rollout, roles=roles).score()
         assert len(calls) == 1
-        assert torch.equal(out.corrupted_logps, out.logps)
-        assert torch.equal(out.ablated_logps, out.logps)
+        assert out.corrupted_logps.isnan().all()
+        assert out.ablated_logps.isnan().all()
 
 
 # No image
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_images_the_contrast_is_0_and_one_warning_says_so(family):
+def test_without_images_there_is_no_evidence_and_one_warning_says_so(family):
     rollout = make_rollout(family, tiny_vlms.build(family), (0, 0, 0))
     scoring._warn_without_image.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for batch_size in (None, 1, None):
             out = rollout.score(batch_size=batch_size)
-            assert torch.equal(out.corrupted_logps, out.logps)
+            assert is_no_evidence(out.corrupted_logps[rollout.seen]).all()
     (warning,) = caught
     assert "no image" in str(warning.message)
-    assert warning.filename == __file__
+    assert warning.filename == rollouts.__file__  # who called
     assert_close(out.logps, own_logps(rollout.model, rollout.ids, rollout.mask), rollout.valid)
     assert_close(out.ablated_logps, deleted_logps(rollout), rollout.reasoned)
 
@@ -527,7 +365,7 @@ def test_dropout_is_off(rollout):
         largest(own_logps(*arguments, **rollout.inputs), own_logps(*arguments, **rollout.inputs), rollout.valid) > 1e-2
     )
     for got, expected in zip(replace(rollout, model=model).score(), rollout.score(), strict=True):
-        assert torch.equal(got, expected)
+        assert same_bits(got, expected)
 
 
 # Precision
@@ -547,7 +385,7 @@ def test_bf16_weights(rollout):
             bad = own_logps(candidate.model, candidate.ids, candidate.mask, **dark)
             alone = deleted_logps(candidate)
         assert_close(out.logps, own, candidate.valid, rtol=0, atol=1e-2)
-        assert_close(out.corrupted_logps, bad, candidate.seen, rtol=0, atol=0.05)
+        assert_close(out.corrupted_logps, bad, candidate.visual, rtol=0, atol=0.05)
         assert_close(out.ablated_logps, alone, candidate.reasoned, rtol=0, atol=0.05)
 
 
@@ -559,18 +397,18 @@ def test_seeds_decide_the_corruption(rollout):
         return rollout.score(streams=("corrupted",), **arguments).corrupted_logps
 
     generator = torch.Generator().manual_seed(SEED)
-    assert torch.equal(corrupted(generator=generator), corrupted(generator=SEED))
+    assert same_bits(corrupted(generator=generator), corrupted(generator=SEED))
     n_pictures = sum(map(len, rollout.pictures))
     drawn = torch.Generator().manual_seed(SEED)
     torch.randint(2**63 - 1, (n_pictures,), generator=drawn)
     assert torch.equal(generator.get_state(), drawn.get_state())
-    assert not torch.equal(corrupted(generator=generator), corrupted(generator=SEED))
-    assert not torch.equal(corrupted(generator=SEED + 1), corrupted(generator=SEED))
+    assert not same_bits(corrupted(generator=generator), corrupted(generator=SEED))
+    assert not same_bits(corrupted(generator=SEED + 1), corrupted(generator=SEED))
 
 
 def test_without_a_seed_picture_and_prompt_decide(rollout):
     first = rollout.score(generator=None)
-    assert torch.equal(rollout.score(generator=None).corrupted_logps, first.corrupted_logps)
+    assert same_bits(rollout.score(generator=None).corrupted_logps, first.corrupted_logps)
     assert_close(rollout.score(generator=None, batch_size=1).corrupted_logps, first.corrupted_logps, rollout.valid)
     dark = seen_by_the_corrupted_stream(rollout)
     ids = rollout.ids.clone()
@@ -671,13 +509,13 @@ def spread(model: Any) -> Any:
 def test_text_models(name):
     rollout = text_rollout({**MASKABLE, **UNREACHABLE}[name]())
     expected, own = deleted_logps(rollout), own_logps(rollout.model, rollout.ids, rollout.mask)
-    for method in (None, "delete", "mask"):
-        if method == "mask" and name in UNREACHABLE:
-            with pytest.raises(ConfigError, match="method"):
-                rollout.score(method=method)
+    for ablation in (None, "delete", "mask"):
+        if ablation == "mask" and name in UNREACHABLE:
+            with pytest.raises(ConfigError, match="ablation"):
+                rollout.score(ablation=ablation)
             continue
         for batch_size in (None, 1):
-            out = rollout.score(method=method, batch_size=batch_size, streams=("clean", "ablated"))
+            out = rollout.score(ablation=ablation, batch_size=batch_size, streams=("clean", "ablated"))
             assert_close(out.logps, own, rollout.valid)
             assert_close(out.ablated_logps, expected, rollout.reasoned)
             assert largest(out.ablated_logps, out.logps, rollout.reasoned) > 1e-3
@@ -711,7 +549,7 @@ def test_heads_with_an_adapter_or_a_bias(qwen, make_head):
     assert largest(own, qwen.score().logps, qwen.valid) > 1e-2
     assert_close(out.logps, own, other.valid)
     dark = corrupted_inputs(other, PatchMask())
-    assert_close(out.corrupted_logps, own_logps(model, other.ids, other.mask, **dark), other.seen)
+    assert_close(out.corrupted_logps, own_logps(model, other.ids, other.mask, **dark), other.visual)
     assert_close(out.ablated_logps, deleted_logps(other), other.reasoned)
 
 
@@ -753,11 +591,13 @@ BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
     "completion as a flag": ("logits_to_keep", lambda _: True, ConfigError, ""),
     "unknown stream": ("streams", lambda _: ("clean", "dark"), ConfigError, ""),
     "streams in a string": ("streams", lambda _: "clean", ConfigError, ""),
-    "streams missing": ("streams", lambda _: None, ConfigError, ""),
+    "unknown credit": ("credit", lambda _: "srqo", ConfigError, ""),
+    "no credit": ("credit", lambda _: None, ConfigError, ""),
+    "no roles": ("role_ids", lambda _: None, DtypeError, ""),
     "unknown corruption": ("corruption", lambda _: "blank", ConfigError, ""),
     "no corruption": ("corruption", lambda _: None, ConfigError, ""),
     "class of a corruption": ("corruption", lambda _: Blank, ConfigError, ""),
-    "unknown method": ("method", lambda _: "x", ConfigError, ""),
+    "unknown ablation": ("ablation", lambda _: "x", ConfigError, ""),
     "batches of 0": ("batch_size", lambda _: 0, ConfigError, ""),
     "batches of a half": ("batch_size", lambda _: 0.5, ConfigError, ""),
     "temperature 0": ("temperature", lambda _: 0.0, ConfigError, ""),

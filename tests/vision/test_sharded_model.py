@@ -59,7 +59,9 @@ def results(tmp_path_factory) -> Any:
 def test_sharded_is_whole(results, family, reshard):
     for whole, sharded in zip(results[f"{family}-whole"], results[f"{family}-{reshard}"], strict=True):
         for name, a, b in zip(NAMES, whole, sharded, strict=True):
-            torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                b, a, atol=2e-6, rtol=2e-6, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            )
     first = results[f"{family}-{reshard}"][0]
-    assert (first[1] - first[0]).abs().max() > 1e-3  # the contrasts are not nothing
-    assert (first[2] - first[0]).abs().max() > 1e-3
+    for stream in first[1:]:
+        assert (stream - first[0]).abs().nan_to_num().max() > 1e-3  # the contrasts are not nothing
