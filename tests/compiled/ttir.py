@@ -42,9 +42,17 @@ def parse(text: str) -> Function:
     header = next(line for line in text.splitlines() if "tt.func public" in line)
     function = Function(set(re.findall(rf"({VALUE}):", header)))
     regions: list[list[str]] = []  # the values that a yield of each open region feeds, in order
+    names: dict[str, str] = {}
     for line in map(str.strip, text.splitlines()):
-        _define(function, line, regions)
+        _define(function, _renamed(line, names), regions)
     return function
+
+
+def _renamed(line: str, names: dict[str, str]) -> str:
+    """Give a name that regions beside each other use for different values a new one from its second definition on."""
+    for name in re.findall(r"(%[\w-]+)(?::\d+)? = ", line):
+        names[name] = name if name not in names else f"{names[name]}-again"
+    return re.sub(r"%[\w-]+", lambda found: names.get(found[0], found[0]), line)
 
 
 def _define(function: Function, line: str, regions: list[list[str]]) -> None:
