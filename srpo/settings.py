@@ -1,5 +1,6 @@
 """The settings of the credit stage as a trainer's own config holds them: names, numbers, mappings."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NoReturn, Self
@@ -7,7 +8,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 
 from srpo.config import PRESETS, CreditConfig
-from srpo.errors import ConfigError
+from srpo.errors import ConfigError, is_int, refuse
 from srpo.methods import METHODS, Method, linear_strength
 from srpo.roles import Role, RoleGrammar
 from srpo.vision import corruption as corruptions
@@ -25,7 +26,7 @@ class CreditSettings:
         credit_anneal_steps: steps over which the strength of the weights falls linearly to 0; None: constant.
         role_grammar: the tags of the roles.
         corruption: one of `srpo.vision.corruption`.
-        hidden_positions: `"keep"` leaves the other tokens at their positions when the perception is cut out;
+        ablated_positions: `"keep"` leaves the other tokens at their positions when the perception is cut out;
             `"close"` closes the gap, for attention that takes a gap for the start of another sequence.
         seed: of the corruption; each step has a generator of its own.
     """
@@ -34,7 +35,7 @@ class CreditSettings:
     credit_anneal_steps: int | None = None
     role_grammar: RoleGrammar = RoleGrammar()  # noqa: RUF009 - frozen
     corruption: Any = corruptions.PatchMask()  # noqa: RUF009 - frozen
-    hidden_positions: Literal["keep", "close"] = "keep"
+    ablated_positions: Literal["keep", "close"] = "keep"
     seed: int = 0
 
     @classmethod
@@ -49,11 +50,17 @@ class CreditSettings:
         Raises: ConfigError.
         """
         given = {name: x for name, x in _plain(section or {}).items() if x is not None}
+        if "hidden_positions" in given:
+            message = (
+                "srpo: the setting hidden_positions is now ablated_positions; the old name goes with the next release"
+            )
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            given["ablated_positions"] = given.pop("hidden_positions")
         _check_names("section", given, [field.name for field in fields(cls)])
         readers = {"credit": _credit_of, "role_grammar": _grammar_of, "corruption": _corruption_of}
         settings = cls(**{name: readers[name](x) if name in readers else x for name, x in given.items()})
-        if settings.hidden_positions not in ("keep", "close"):
-            _refuse("hidden_positions", settings.hidden_positions, "'keep' or 'close'")
+        if settings.ablated_positions not in ("keep", "close"):
+            _refuse("ablated_positions", settings.ablated_positions, "'keep' or 'close'")
         _check_int("seed", settings.seed, 0)
         if settings.credit_anneal_steps is not None:
             _check_int("credit_anneal_steps", settings.credit_anneal_steps, 1)
@@ -68,10 +75,7 @@ class CreditSettings:
 
     def streams_at(self, step: int) -> tuple[str, ...]:
         """Name the contrast streams that are read: `"corrupted"`, `"ablated"`, both or none."""
-        credit = self.credit_at(step)
-        if isinstance(credit, CreditConfig):
-            return credit.streams
-        return tuple(name for name in ("corrupted", "ablated") if f"{name}_logps" in credit.needs)
+        return self.credit_at(step).streams
 
     def generator_at(self, step: int) -> torch.Generator:
         """Return the generator of the corruption: without state, so a resumed run draws what it would have drawn."""
@@ -137,9 +141,9 @@ def _check_names(section: str, given: Mapping[str, Any], known: Sequence[str]) -
 
 
 def _check_int(name: str, x: Any, lowest: int) -> None:
-    if isinstance(x, bool) or not isinstance(x, int) or x < lowest:
+    if not is_int(x) or x < lowest:
         _refuse(name, x, f"an int of at least {lowest}")
 
 
 def _refuse(name: str, got: Any, expected: str) -> NoReturn:
-    raise ConfigError(f"CreditSettings.of(): {name} got {got!r}, expected {expected}; leave it out for the default.")
+    refuse(ConfigError, "CreditSettings.of", name, repr(got), expected, "leave it out for the default")

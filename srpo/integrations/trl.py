@@ -7,22 +7,18 @@ becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for samplin
 """
 
 import inspect
-import math
 import os
 from importlib.metadata import version
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from srpo import checks
 from srpo.config import CreditConfig
-from srpo.credit import Credit, token_advantages
 from srpo.errors import IncompatibleVersionError
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
-from srpo.integrations.weighing import metric_sums, weigh
-from srpo.metrics import MetricSums
-from srpo.roles import RoleParse, role_ids_from_completions
+from srpo.methods import Method
+from srpo.rollout import credit_rollout
 from srpo.vision.scoring import StreamLogps, score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
@@ -96,8 +92,7 @@ class SRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         step = self.state.global_step
-        credit, wanted = self.credit.credit_at(step), self.credit.streams_at(step)
-        if not wanted:
+        if not self.credit.streams_at(step):
             return output
         for name in _SCORED:
             if not isinstance(output.get(name), Tensor):
@@ -105,21 +100,24 @@ class SRPOTrainer(GRPOTrainer):
         mask = output["completion_mask"]  # without tokens that a tool wrote: no policy sampled them
         mask = (mask if output.get("tool_mask") is None else mask * output["tool_mask"]) != 0
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        ids = output["completion_ids"]
-        parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=self.credit.role_grammar)
-        roles = _scored_roles(credit, parse.role_ids, mask)
-        streams = self._score(output, roles, ("clean", *wanted))
-        advantages = output["advantages"]
-        if advantages.shape != mask.shape[:1]:
-            _refuse_version("advantages", f"shape {list(advantages.shape)}", "[B]")
-        per_token = advantages[:, None].expand_as(mask).contiguous()
-        call = checks.Call("SRPOTrainer", streams.logps, "logps")
-        weighed = weigh(call, credit, parse.role_ids, mask, per_token, **streams._asdict())
-        output["advantages"] = token_advantages(advantages, weighed.weights).to(advantages.dtype)
-        self._log_credit(weighed, streams.entropy, parse, mask & (roles != 0), mask, per_token)
+        if output["advantages"].shape != mask.shape[:1]:
+            _refuse_version("advantages", f"shape {list(output['advantages'].shape)}", "[B]")
+        credited = credit_rollout(
+            output["completion_ids"], output["advantages"], tokenizer,
+            lambda role_ids, credit: self._score(output, role_ids, credit),
+            completion_mask=mask, settings=self.credit, step=step, gather=self._gathered,
+        )  # fmt: skip
+        output["advantages"] = credited.advantages
+        mode = "train" if self.model.training else "eval"
+        for name, value in credited.metrics.items():
+            self._metrics[mode][name].append(value)
         return output
 
-    def _score(self, output: dict[str, Any], roles: Tensor, streams: tuple[str, ...]) -> StreamLogps:
+    def _gathered(self, vectors: Tensor) -> Tensor:
+        """Gather `[1, K]` of every rank."""
+        return cast(Tensor, self.accelerator.gather(vectors))
+
+    def _score(self, output: dict[str, Any], role_ids: Tensor, credit: CreditConfig | Method) -> StreamLogps:
         given = {name: output[name] for name in _MODEL_INPUTS if output.get(name) is not None}
         if output.get("num_tiles") is not None:  # families that cut images into tiles: each has its own pixels
             given["num_images"] = output["num_tiles"]
@@ -130,43 +128,14 @@ class SRPOTrainer(GRPOTrainer):
                 torch.cat([output["prompt_ids"], ids], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 ids.shape[1],
-                role_ids=roles,
+                role_ids=role_ids,
+                credit=credit,
                 corruption=self.credit.corruption,
-                streams=streams,
                 temperature=self.temperature,
                 batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
-                method=self.args.perception_hiding,
+                ablation=self.args.ablation,
                 **given,
             )
-
-    def _log_credit(
-        self,
-        weighed: Credit,
-        entropy: Tensor,
-        parse: RoleParse,
-        scored: Tensor,
-        mask: Tensor,
-        advantages: Tensor,
-    ) -> None:
-        """Add the metrics of all ranks to the trainer's log, in one collective."""
-        weights, credited = weighed.weights, mask & (parse.role_ids != 0)
-        n = torch.tensor(len(mask), device=mask.device)
-        counts = torch.stack([(~parse.parsed).sum(), parse.unclosed.sum(), scored.sum(), n])
-        sums = [metric_sums(weighed, parse.role_ids, mask, advantages, entropy), counts]
-        lowest = torch.where(credited, weights, torch.inf).amin()
-        highest = torch.where(credited, weights, -torch.inf).amax()
-        own = torch.cat([*(x.double() for x in sums), torch.stack([lowest, -highest]).double()])
-        ranks = self.accelerator.gather(own[None])
-        total, bounds = ranks[:, :-2].sum(dim=0), ranks[:, -2:].amin(dim=0).tolist()
-        named = MetricSums(total[:-4], frozenset({"credit"})).floats()
-        failed, unclosed, rows, n = total[-4:].tolist()
-        named |= {"srpo/parse_failures": failed / n, "srpo/unclosed": unclosed / n, "srpo/contrast_rows": rows}
-        if bounds[0] <= -bounds[1]:  # else no token had a role
-            named |= {"srpo/weight_min": bounds[0], "srpo/weight_max": -bounds[1]}
-        mode = "train" if self.model.training else "eval"
-        for name, value in named.items():
-            if not math.isnan(value):  # a mean over nothing
-                self._metrics[mode][name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -182,10 +151,3 @@ class SRPOTrainer(GRPOTrainer):
     def _buffer_file(self, folder: str) -> str:
         rank, world = self.args.process_index, self.args.world_size
         return os.path.join(folder, f"srpo_rollouts_{rank}_of_{world}.pt")
-
-
-def _scored_roles(credit: Any, role_ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the roles to score by: role 1 wherever the corrupted stream is read."""
-    if not isinstance(credit, CreditConfig):
-        return role_ids if "role_ids" in credit.needs else mask.to(role_ids.dtype)
-    return role_ids.clamp(max=1) if credit.reasoning_signal == "image_independence" else role_ids

@@ -1,6 +1,7 @@
 """The settings of `SRPOTrainer`: TRL's own, and those of the credit stage."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -31,7 +32,7 @@ class SRPOConfig(GRPOConfig):
         role_grammar: a `RoleGrammar`, or its fields in a dict.
         corruption: a corruption such as `PatchMask()`, its name, or a dict `{"name": "PatchMask", "probability":
             0.5}`; None: `PatchMask()`.
-        perception_hiding: `"mask"`, `"delete"` or None, as `method` of `score_streams`.
+        ablation: how perception is hidden, `"mask"`, `"delete"` or None, as in `score_streams`.
         stream_batch_size: sequences a forward of `score_streams`; None: `per_device_train_batch_size`.
 
     Raises:
@@ -48,14 +49,19 @@ class SRPOConfig(GRPOConfig):
     credit_anneal_steps: int | None = field(default=None, metadata={"help": "Steps until the strength is 0."})
     role_grammar: dict | str | None = field(default=None, metadata={"help": "Fields of RoleGrammar."})
     corruption: dict | str | None = field(default=None, metadata={"help": "Corruption of the images, by name."})
-    perception_hiding: str | None = field(default=None, metadata={"help": "'mask' or 'delete'; default: by model."})
+    ablation: str | None = field(default=None, metadata={"help": "'mask' or 'delete': how perception is hidden."})
+    perception_hiding: str | None = field(default=None, metadata={"help": "The old name of ablation."})
     stream_batch_size: int | None = field(default=None, metadata={"help": "Sequences per scoring forward."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         credit = self.credit_settings().credit
-        if self.perception_hiding not in (None, "mask", "delete"):
-            refuse("perception_hiding", repr(self.perception_hiding), "None, 'mask' or 'delete'", "leave it out")
+        if self.perception_hiding is not None:
+            message = "srpo: SRPOConfig(perception_hiding=) is now ablation=; the old name goes with the next release"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+            self.ablation, self.perception_hiding = self.perception_hiding, None
+        if self.ablation not in (None, "mask", "delete"):
+            refuse("ablation", repr(self.ablation), "None, 'mask' or 'delete'", "leave it out")
         # A weighted mean of the log-ratios is constant over a sequence: weights of mean 1 cancel in it.
         cancels = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
         if cancels and credit != PRESETS["grpo"]:

@@ -4,7 +4,6 @@
 needs verl. Tensors are padded, `[B, T]` with T the columns of the completion, or jagged (nested, a row per trajectory).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -14,22 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from srpo import checks
 from srpo.config import PRESETS, CreditConfig
-from srpo.credit import token_advantages
 from srpo.errors import ConfigError
-from srpo.integrations.weighing import metric_sums, weigh
 from srpo.methods import Method
-from srpo.metrics import MetricSums
 from srpo.roles import Role, role_ids_from_completions
+from srpo.rollout import weigh_rollout
 from srpo.settings import CreditSettings
-from srpo.streams import Streams
+from srpo.streams import no_evidence
 from srpo.vision.corruption import PixelLayout
 
 PARTITION = "srpo"  # of the transfer queue: copies in verl's own would look like rollouts to its replay buffer
 _SEQUENCE_FIELDS = ("input_ids", "position_ids")
 _COMPLETION_FIELDS = ("responses", "response_mask", "loss_mask")
 _PICTURES = "multi_modal_inputs"
+
+
+class VerlStreams(NamedTuple):
+    """Log-probs as verl names them, by the names of `srpo.rollout`."""
+
+    logps: Tensor
+    corrupted_logps: Tensor | None
+    ablated_logps: Tensor | None
+    entropy: Tensor | None
 
 
 class CreditedAdvantages(NamedTuple):
@@ -71,26 +76,20 @@ def token_credit_advantages(
 
     Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError.
     """
-    call = checks.Call("token_credit_advantages", old_log_probs, "old_log_probs")
-    layout = checks.layout_of(call, "old_log_probs", old_log_probs, None)
-    mask = checks.mask_of(call, response_mask, layout)
-    roles = checks.roles_of(call, role_ids, mask, layout)
-    per_token = checks.advantages_of(call, advantages, mask, layout)
-    streams = {"corrupted": corrupted_log_probs, "ablated": ablated_log_probs}
-    if isinstance(credit, CreditConfig):
-        if not credit.streams:
-            return CreditedAdvantages(per_token, mask.to(per_token.dtype), {})
-        checks.contrast_streams(call, credit, layout, roles, mask, Streams(**streams))
-    logps = {f"{name}_logps": x for name, x in streams.items()}
-    weighed = weigh(call, credit, roles, mask, per_token, logps=old_log_probs, entropy=entropy, **logps)
-    sums = metric_sums(weighed, roles, mask, per_token, None)
-    metrics = MetricSums(sums, frozenset({"credit"})).floats() | _extremes(weighed.weights, roles, mask)
-    product = token_advantages(per_token, weighed.weights).to(advantages.dtype)
-    return CreditedAdvantages(product, weighed.weights, {name: x for name, x in metrics.items() if not math.isnan(x)})
+    if not credit.streams:
+        mask = response_mask.to(advantages.dtype)
+        return CreditedAdvantages(advantages, mask, {})
+    streams = VerlStreams(old_log_probs, corrupted_log_probs, ablated_log_probs, entropy)
+    return CreditedAdvantages(
+        *weigh_rollout(
+            streams, role_ids, advantages, completion_mask=response_mask, credit=credit,
+            function="token_credit_advantages",
+        )
+    )  # fmt: skip
 
 
 def ablated_fields(
-    fields: Mapping[str, Tensor], hidden: Tensor, *, positions: Literal["keep", "close"] = "keep"
+    fields: Mapping[str, Tensor], ablated: Tensor, *, positions: Literal["keep", "close"] = "keep"
 ) -> dict[str, Tensor]:
     """Hide completion tokens from a batch: through the attention mask when it is padded, by a cut when it is jagged.
 
@@ -98,20 +97,20 @@ def ablated_fields(
         fields: padded: `attention_mask` `[B, S]` and `position_ids` `[B, S]` or `[B, rows, S]`; the engines drop tokens
             that the mask leaves out. Jagged: `input_ids` and `position_ids` of whole sequences, `responses`,
             `response_mask` and `loss_mask` of completions.
-        hidden: `[B, T]` bool.
+        ablated: `[B, T]` bool.
         positions: `"keep"` or `"close"`, as in `CreditSettings`.
 
     Returns: the same fields, changed.
     """
     if "attention_mask" in fields:
         mask, ids = fields["attention_mask"], fields["position_ids"]
-        gone = functional.pad(hidden, (mask.shape[1] - hidden.shape[1], 0))
+        gone = functional.pad(ablated, (mask.shape[1] - ablated.shape[1], 0))
         kept = [_positions(x, row, positions) for x, row in zip(ids, gone, strict=True)]
         return {"attention_mask": mask * ~gone, "position_ids": torch.stack(kept)}
     rows = {name: x.unbind() for name, x in fields.items()}
     cut: dict[str, list[Tensor]] = {name: [] for name in fields}
     for i, ids in enumerate(rows["input_ids"]):
-        own = hidden[i, : len(rows["responses"][i])]
+        own = ablated[i, : len(rows["responses"][i])]
         gone = functional.pad(own, (len(ids) - len(own), 0))
         for name, x in rows.items():
             row = _positions(x[i], gone, positions) if name == "position_ids" else x[i]
@@ -120,18 +119,24 @@ def ablated_fields(
 
 
 def realigned_log_probs(
-    scored: Tensor, visible: Tensor, clean: Tensor, *, layout: Literal["packed", "columns"] = "packed"
+    scored: Tensor,
+    visible: Tensor,
+    elsewhere: Tensor,
+    *,
+    layout: Literal["packed", "columns"] = "packed",
+    where: Tensor | bool = True,
 ) -> Tensor:
-    """Put the log-probs of a batch with hidden tokens back into the columns of the whole completion.
+    """Put the log-probs of a batch without some tokens back into the columns of the whole completion.
 
     Args:
-        scored: `[B, T']` nats. `"packed"`: those of the visible tokens from the left, as verl returns them.
-            `"columns"`: each in the column after its last visible predecessor, as EasyR1 does with `padding_free`.
-        visible: `[B, T]` bool, tokens that are neither hidden nor padding.
-        clean: `[B, T]` nats, the values elsewhere.
-        layout: `"packed"` or `"columns"`.
+        scored: `[B, T']` nats.
+        visible: `[B, T]` bool, tokens that are neither ablated nor padding.
+        elsewhere: `[B, T]`, the values of other tokens.
+        layout: `"packed"`: `scored` has the visible tokens from the left, as verl returns them. `"columns"`: each is in
+            the column after its last visible predecessor, as EasyR1 does with `padding_free`.
+        where: `[B, 1]` bool, the rows whose scores count.
 
-    Returns: `[B, T]` in the dtype of `clean`.
+    Returns: `[B, T]` in the dtype of `elsewhere`.
     """
     if layout == "packed":
         source = visible.long().cumsum(dim=1) - 1
@@ -139,7 +144,7 @@ def realigned_log_probs(
         after = torch.arange(1, visible.shape[1] + 1, device=visible.device)
         source = functional.pad(torch.where(visible, after, 0).cummax(dim=1).values, (1, -1))
     scored = functional.pad(scored, (0, max(visible.shape[1] - scored.shape[1], 0)))
-    return torch.where(visible, scored.gather(1, source.clamp(min=0)).to(clean.dtype), clean)
+    return torch.where(visible & where, scored.gather(1, source.clamp(min=0)).to(elsewhere.dtype), elsewhere)
 
 
 def corrupted_multi_modal_inputs(
@@ -206,17 +211,20 @@ class CreditStages:
         roles = role_ids_from_completions(ids, self.tokenizer, completion_mask=mask, grammar=grammar).role_ids
         lengths = _lengths(data["responses"])
         inside = torch.arange(ids.shape[1]) < lengths[:, None]
-        results = {"role_ids": roles, **{f"{name}_log_probs": clean for name in streams}}
-        if "corrupted" in streams and self.layout is not None and any("pixel_values" in x for x in pictures):
+        nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
+        results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}
+        with_picture = torch.tensor(["pixel_values" in x for x in pictures])[:, None]
+        if "corrupted" in streams and self.layout is not None and with_picture.any():
             generator = self.settings.generator_at(step)
             bad = corrupted_multi_modal_inputs(pictures, self.settings.corruption, self.layout, generator=generator)
             scored = self._scored(batch, "corrupted", {**copied, _PICTURES: bad}, compute_log_prob, temperature)
-            results["corrupted_log_probs"] = realigned_log_probs(scored, inside, clean)
-        hidden = roles == Role.PERCEPTION
-        if "ablated" in streams and hidden.any():
-            cut = ablated_fields(copied, hidden, positions=self.settings.hidden_positions)
+            results["corrupted_log_probs"] = realigned_log_probs(scored, inside, nothing, where=with_picture)
+        perception = roles == Role.PERCEPTION
+        if "ablated" in streams and perception.any():
+            cut = ablated_fields(copied, perception, positions=self.settings.ablated_positions)
             scored = self._scored(batch, "ablated", {**cut, _PICTURES: pictures}, compute_log_prob, temperature)
-            results["ablated_log_probs"] = realigned_log_probs(scored, inside & ~hidden, clean)
+            visible, seen = inside & ~perception, perception.any(dim=1, keepdim=True)
+            results["ablated_log_probs"] = realigned_log_probs(scored, visible, nothing, where=seen)
         return self._put(batch, results, lengths)
 
     def weigh(self, batch: Any, step: int) -> tuple[Any, dict[str, float]]:
@@ -287,7 +295,8 @@ def easyr1_streams(
         tensors["responses"], tokenizer, completion_mask=mask, grammar=grammar
     ).role_ids.to(mask.device)
     streams = settings.streams_at(step)
-    results = {"role_ids": roles, **{f"{name}_log_probs": clean for name in streams}}
+    nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
+    results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}
     if "corrupted" in streams and "multi_modal_data" in objects:
         generator, bad = settings.generator_at(step), {}
         for uid, data in zip(objects["uid"], objects["multi_modal_data"], strict=True):
@@ -300,15 +309,18 @@ def easyr1_streams(
         # other uids: under the same ones the workers take the clean pictures from their cache
         uids = np.array([f"{uid}_corrupted" for uid in objects["uid"]], dtype=object)
         copy = replace(batch, non_tensor_batch={**objects, "multi_modal_data": column, "uid": uids})
-        results["corrupted_log_probs"] = compute_log_probs(copy).batch["old_log_probs"]
-    hidden = (roles == Role.PERCEPTION) & (mask != 0)
-    if "ablated" in streams and hidden.any():
+        with_picture = torch.tensor([bool(x.get("images")) for x in objects["multi_modal_data"]], device=mask.device)
+        scored = compute_log_probs(copy).batch["old_log_probs"]
+        results["corrupted_log_probs"] = torch.where(with_picture[:, None], scored, nothing)
+    perception = (roles == Role.PERCEPTION) & (mask != 0)
+    if "ablated" in streams and perception.any():
         own = {name: tensors[name] for name in ("attention_mask", "position_ids")}
         copy = tensors.copy()
-        copy.update(ablated_fields(own, hidden, positions=settings.hidden_positions))
+        copy.update(ablated_fields(own, perception, positions=settings.ablated_positions))
         scored = compute_log_probs(replace(batch, batch=copy)).batch["old_log_probs"]
-        visible = (tensors["attention_mask"][:, -hidden.shape[1] :] != 0) & ~hidden
-        results["ablated_log_probs"] = realigned_log_probs(scored, visible, clean, layout="columns")
+        visible = (tensors["attention_mask"][:, -perception.shape[1] :] != 0) & ~perception
+        seen = perception.any(dim=1, keepdim=True)
+        results["ablated_log_probs"] = realigned_log_probs(scored, visible, nothing, layout="columns", where=seen)
     return results
 
 
@@ -323,21 +335,9 @@ def check_pictures(settings: CreditSettings) -> None:
 
 
 def _positions(ids: Tensor, gone: Tensor, positions: str) -> Tensor:
-    """Return the positions `[S]` or `[rows, S]` of a row whose tokens `gone` `[S]` are hidden."""
+    """Return the positions `[S]` or `[rows, S]` of a row whose tokens `gone` `[S]` are ablated."""
     return ids if positions == "keep" else ids - gone.cumsum(dim=-1)
 
 
 def _lengths(rows: Tensor) -> Tensor:
     return torch.tensor([len(x) for x in rows.unbind()])
-
-
-def _extremes(weights: Tensor, roles: Tensor, mask: Tensor) -> dict[str, float]:
-    credited, known = mask & (roles != 0), mask.any(dim=1)
-    both = (mask & (roles == Role.PERCEPTION)).any(dim=1) & (mask & (roles == Role.REASONING)).any(dim=1)
-    found = {"srpo/parse_failures": float((known & ~both).sum() / known.sum())}
-    if credited.any():
-        found |= {
-            "srpo/weight_min": float(weights[credited].min()),
-            "srpo/weight_max": float(weights[credited].max()),
-        }
-    return found

@@ -133,8 +133,8 @@ def settings_of(config: Any) -> CreditSettings:
     replay = _at(config, f"actor_rollout_ref.actor.{strategy}.router_replay.mode")
     if streams and replay not in (None, "disabled"):
         _refuse("router_replay.mode", repr(replay), "'disabled'", "the experts of one context do not fit the others")
-    if "ablated" in streams and settings.hidden_positions == "keep":
-        fix = "set algorithm.srpo.hidden_positions=close"
+    if "ablated" in streams and settings.ablated_positions == "keep":
+        fix = "set algorithm.srpo.ablated_positions=close"
         if strategy not in ("fsdp", "fsdp2"):
             _refuse("actor.strategy", repr(strategy), "fsdp or fsdp2, which pass positions on as given", fix)
         model = "actor_rollout_ref.model"

@@ -80,7 +80,7 @@ def compare(trainer: Any, queue: Any, model: Any, processor: Any) -> None:
     streams = score_streams(
         model, **tiny_verl.score_streams_arguments(rows, processor.tokenizer), logits_to_keep=roles.shape[1],
         role_ids=roles, generator=trainer.credit_settings.generator_at(0), temperature=tiny_verl.TEMPERATURE,
-        method="delete",
+        ablation="delete",
     )  # fmt: skip
     for found, expected, where in (
         (old, streams.logps, mask == 1),

@@ -15,8 +15,9 @@ from tiny_grpo import Rollouts, column, make_trainer
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from srpo import METHODS, PRESETS, Blank, ConfigError, CreditConfig, IncompatibleVersionError, PatchMask, RoleGrammar
-from srpo.integrations import trl as integration
 from srpo.integrations.trl import TESTED, SRPOConfig, SRPOTrainer, check_trl
+from srpo.roles import role_ids_from_completions
+from srpo.streams import is_not_scored
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -104,10 +105,10 @@ class TestAdvantages:
         roles = torch.tensor([oracle_roles(row, own) for row, own in zip(texts, mask.tolist(), strict=True)])
         if tools:
             assert (before["tool_mask"] == 0).any()
-        contrast = oracles.contrast(
-            streams.logps, streams.corrupted_logps, streams.ablated_logps, roles, mask, CreditConfig()
-        )
-        weights = oracles.weights(contrast, roles, mask, CreditConfig())
+        logps = (streams.logps, streams.corrupted_logps, streams.ablated_logps)
+        contrast = oracles.contrast(*logps, roles, mask, CreditConfig())
+        with_evidence = oracles.without_evidence(*logps, roles, mask, CreditConfig())
+        weights = oracles.weights(contrast, with_evidence, mask, CreditConfig())
         want = before["advantages"][:, None].double() * weights
         torch.testing.assert_close(after["advantages"].double(), want, atol=2e-6, rtol=2e-6)
         assert after["advantages"].dtype == torch.float32
@@ -121,7 +122,7 @@ class TestAdvantages:
             assert trainer.after["advantages"].dim() == 1
             return
         streams, before = trainer.streams, trainer.before
-        roles = integration.role_ids_from_completions(
+        roles = role_ids_from_completions(
             before["completion_ids"], trainer.processing_class.tokenizer, completion_mask=before["completion_mask"]
         ).role_ids
         weights = METHODS[credit](
@@ -130,12 +131,9 @@ class TestAdvantages:
             advantages=before["advantages"],
         )  # fmt: skip
         torch.testing.assert_close(trainer.after["advantages"], before["advantages"][:, None] * weights)
-        other = streams.corrupted_logps != streams.logps
-        valid = before["completion_mask"].bool()
-        if credit in ("vppo", "pgpo", "tor"):  # the corrupted stream was scored on all tokens
-            assert other[valid].float().mean() > 0.5
-        else:
-            assert other[valid & (roles == 2)].any() == (credit == "srpo_one_pass")
+        read = METHODS[credit].rows("corrupted", roles, before["completion_mask"])
+        assert torch.equal(~is_not_scored(streams.corrupted_logps), read)
+        assert (streams.corrupted_logps != streams.logps)[read].float().mean() > 0.5
 
     def test_strength_falls_with_the_steps(self, tmp_path):
         trainer = trained(Watched, tmp_path, credit_anneal_steps=2, max_steps=3)
@@ -151,7 +149,7 @@ class TestAdvantages:
             {"importance_sampling_level": "sequence", "loss_type": "cispo"},
             {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4, "epsilon_high": 0.28},
             {"top_entropy_quantile": 0.5, "temperature": 0.7, "mask_truncated_completions": True, "delta": 2.0},
-            {"gradient_accumulation_steps": 2, "bf16": True, "stream_batch_size": 3, "perception_hiding": "delete"},
+            {"gradient_accumulation_steps": 2, "bf16": True, "stream_batch_size": 3, "ablation": "delete"},
         ],
         ids=lambda settings: "-".join(map(str, settings.values())),
     )
@@ -227,7 +225,7 @@ class TestConfig:
             ("credit_anneal_steps", 0), ("credit_anneal_steps", 1.5), ("role_grammar", {"tags": ["see"]}),
             ("role_grammar", "see"), ("role_grammar", {"perception_tags": ["<see>"]}), ("corruption", "Smear"),
             ("corruption", {"name": "PatchMask", "p": 1}), ("corruption", {"probability": 0.5}),
-            ("perception_hiding", "cut"), ("importance_sampling_level", "sequence"),
+            ("ablation", "cut"), ("importance_sampling_level", "sequence"),
         ],
     )  # fmt: skip
     def test_wrong_settings_are_named(self, name, value, tmp_path):

@@ -36,6 +36,7 @@ from srpo.integrations.verl import (
 )
 from srpo.roles import Role, role_ids_from_completions
 from srpo.settings import CreditSettings
+from srpo.streams import is_no_evidence
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 
@@ -53,7 +54,7 @@ def vlm() -> Any:
     assert all(len(row["prompts"]) == len(rows[0]["prompts"]) for row in rows)
     streams = score_streams(
         model, **arguments, logits_to_keep=T, role_ids=roles, corruption=PatchMask(),
-        generator=CreditSettings().generator_at(0), temperature=tiny_verl.TEMPERATURE, method="delete",
+        generator=CreditSettings().generator_at(0), temperature=tiny_verl.TEMPERATURE, ablation="delete",
     )  # fmt: skip
     for stream, role in ((streams.corrupted_logps, 1), (streams.ablated_logps, 2)):  # else the comparisons say nothing
         assert (stream - streams.logps)[roles == role].abs().max() > 0.05
@@ -191,7 +192,8 @@ class TestStages:
             "ablated" if without == "pictures" else "corrupted"
         ]
         name = "corrupted" if without == "pictures" else "ablated"
-        assert torch.equal(found[f"{name}_log_probs"], found["old_log_probs"])
+        valid = made.queue.kv_batch_get(made.meta.keys, "train", ["response_mask"])["response_mask"]
+        assert is_no_evidence(found[f"{name}_log_probs"][padded(valid) != 0]).all()
 
     def test_each_step_corrupts_anew_and_a_resumed_one_alike(self, vlm):
         first, again, next_step = (scored(stage(vlm), step)["corrupted_log_probs"] for step in (3, 3, 4))
@@ -199,7 +201,7 @@ class TestStages:
         assert not torch.equal(first, next_step)
 
     def test_closed_gaps_are_the_positions_of_a_sequence_without_the_perception(self, vlm):
-        made = stage(vlm, CreditSettings(hidden_positions="close"))
+        made = stage(vlm, CreditSettings(ablated_positions="close"))
         seen = {}
         compute = made.workers.compute_log_prob
 
@@ -461,7 +463,7 @@ class TestSettings:
                 "credit_anneal_steps": 7,
                 "role_grammar": {"perception_tags": ["see"], "answer_role": "other"},
                 "corruption": {"name": "PatchMask", "probability": 0.5},
-                "hidden_positions": "close",
+                "ablated_positions": "close",
                 "seed": 3,
             }
         )
@@ -470,7 +472,7 @@ class TestSettings:
             credit_anneal_steps=7,
             role_grammar=RoleGrammar(perception_tags=("see",), answer_role=Role.OTHER),
             corruption=PatchMask(0.5),
-            hidden_positions="close",
+            ablated_positions="close",
             seed=3,
         )
         assert CreditSettings.of(section) == expected
@@ -500,7 +502,7 @@ class TestSettings:
             ({"corruption": {"probability": 0.5}}, "PatchMask"),
             ({"corruption": {"name": "Blank", "sigma": 1}}, "sigma"),
             ({"corruption": {"name": "PatchMask", "probability": 2}}, "probability"),
-            ({"hidden_positions": "mask"}, "keep"),
+            ({"ablated_positions": "mask"}, "keep"),
             ({"seed": -1}, "seed"),
             ({"seed": 1.5}, "seed"),
             ({"credit_anneal_steps": 0}, "credit_anneal_steps"),

@@ -184,9 +184,9 @@ class TestVerlConfig:
 
     def test_good_ones(self, settings_of):
         assert settings_of(self.config()) == CreditSettings()
-        close = {"hidden_positions": "close"}
+        close = {"ablated_positions": "close"}
         sdpa = {"override_config": {"attn_implementation": "sdpa"}}
-        assert settings_of(self.config(strategy="megatron", srpo=close)).hidden_positions == "close"
+        assert settings_of(self.config(strategy="megatron", srpo=close)).ablated_positions == "close"
         settings_of(self.config(model=sdpa, srpo=close))
         settings_of(self.config(model={**sdpa, "use_remove_padding": False}))
         settings_of(self.config(bypass_mode=True, strategy="megatron", srpo={"credit": "grpo"}))
@@ -195,8 +195,8 @@ class TestVerlConfig:
         ("changes", "message"),
         [
             ({"bypass_mode": True}, "bypass_mode"),
-            ({"strategy": "megatron"}, "hidden_positions=close"),
-            ({"model": {"override_config": {"attn_implementation": "sdpa"}}}, "hidden_positions=close"),
+            ({"strategy": "megatron"}, "ablated_positions=close"),
+            ({"model": {"override_config": {"attn_implementation": "sdpa"}}}, "ablated_positions=close"),
             ({"actor": {"policy_loss": {"loss_mode": "geo_mean"}}}, "geo_mean"),
             ({"actor": {"fsdp2": {"router_replay": {"mode": "R3"}}}}, "router_replay"),
             ({"srpo": {"credit": "x"}}, "credit"),

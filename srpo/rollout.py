@@ -1,0 +1,226 @@
+"""What every integration does with a rollout: roles, scoring by a callback, weights, token advantages, metrics.
+
+    credited = credit_rollout(completion_ids, advantages, tokenizer, score, completion_mask=mask, settings=settings)
+
+A trainer brings two things: `score`, which knows how its framework runs a model, and where the advantages go. A
+trainer that scores at one place and weighs at another calls `role_ids_from_completions` and `weigh_rollout` itself.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from srpo import checks
+from srpo.config import CreditConfig
+from srpo.credit import Credit, run_credit, token_advantages
+from srpo.methods import Method
+from srpo.metrics import MetricSums, credit_sums, loss_sums
+from srpo.roles import Role, RoleParse, Tokenizer, role_ids_from_completions
+from srpo.settings import CreditSettings
+from srpo.streams import STREAMS, Streams, is_not_scored
+from srpo_kernels.layout import Layout
+
+
+class ScoredStreams(Protocol):
+    """Describe what a scorer returns: log-probs `[B, T]` of each context, such as `StreamLogps`."""
+
+    @property
+    def logps(self) -> Tensor: ...
+    @property
+    def corrupted_logps(self) -> Tensor | None: ...
+    @property
+    def ablated_logps(self) -> Tensor | None: ...
+    @property
+    def entropy(self) -> Tensor | None: ...
+
+
+Scorer = Callable[[Tensor, CreditConfig | Method], ScoredStreams]
+
+
+class WeighedRollout(NamedTuple):
+    """What token credit makes of a rollout.
+
+    Args:
+        advantages: `[B, T]` in the dtype of those given, 0 on masked tokens.
+        weights: `[B, T]` fp32, what they were multiplied with.
+        metrics: floats by name, over the tokens of all ranks; means over nothing are left out.
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    metrics: dict[str, float]
+
+
+class CreditedRollout(NamedTuple):
+    """A `WeighedRollout`, the roles it rests on, and the streams; None where the credit reads none."""
+
+    advantages: Tensor
+    weights: Tensor
+    metrics: dict[str, float]
+    roles: RoleParse | None
+    streams: ScoredStreams | None
+
+
+def credit_rollout(
+    completion_ids: Tensor,
+    advantages: Tensor,
+    tokenizer: Tokenizer,
+    score: Scorer,
+    *,
+    completion_mask: Tensor | None = None,
+    settings: CreditSettings = CreditSettings(),  # noqa: B008 - frozen
+    step: int = 0,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> CreditedRollout:
+    """Parse the roles of a rollout, let its streams be scored, and multiply token weights into its advantages.
+
+    A_it = A_i * w_it
+
+    Args:
+        completion_ids: `[B, T]` integers.
+        advantages: `[B]` or `[B, T]`.
+        tokenizer: of the policy, as `role_ids_from_completions` wants it.
+        score: called once with role ids `[B, T]` and the credit of this step, unless that reads nothing; returns
+            log-probs of the rows that `credit.rows` names, as `score_streams(..., role_ids=role_ids, credit=credit)`.
+        completion_mask: `[B, T]` 0/1, without tokens that no policy sampled (tool output); None means all valid.
+        settings: of the credit stage.
+        step: optimisation steps done, from which the strength of the weights may depend.
+        gather: gathers a vector `[K]` of every rank as `[ranks, K]`, for metrics of all ranks in one collective; every
+            rank must call. None: this rank alone.
+
+    Returns: CreditedRollout. A credit that reads no stream leaves the advantages as they are, and calls nothing.
+
+    Gradient: none.
+
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError; what `score` raises.
+    """
+    credit = settings.credit_at(step)
+    if not credit.streams:
+        call = checks.Call("credit_rollout", completion_ids, "completion_ids")
+        layout = checks.layout_of(call, "completion_ids", completion_ids, None)
+        mask = checks.mask_of(call, completion_mask, layout)
+        per_token = torch.where(mask, checks.advantages_of(call, advantages, mask, layout), 0.0)
+        return CreditedRollout(per_token, mask.float(), {}, None, None)
+    parse = role_ids_from_completions(
+        completion_ids, tokenizer, completion_mask=completion_mask, grammar=settings.role_grammar
+    )
+    streams = score(parse.role_ids, credit)
+    weighed = weigh_rollout(
+        streams, parse.role_ids, advantages, completion_mask=completion_mask, credit=credit, unclosed=parse.unclosed,
+        gather=gather,
+    )  # fmt: skip
+    return CreditedRollout(*weighed, parse, streams)
+
+
+def weigh_rollout(
+    streams: ScoredStreams,
+    role_ids: Tensor,
+    advantages: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    credit: CreditConfig | Method = CreditConfig(),  # noqa: B008 - frozen
+    unclosed: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    function: str = "weigh_rollout",
+) -> WeighedRollout:
+    """Multiply token weights into the advantages of a rollout whose streams are scored.
+
+    Args:
+        streams: log-probs `[B, T]`.
+        role_ids: `[B, T]` integers, those that the streams were scored with.
+        advantages: `[B]` or `[B, T]`.
+        completion_mask: `[B, T]` 0/1; None means all valid.
+        credit: settings, or a method of `srpo.METHODS`, with which the streams were scored.
+        unclosed: `[B]` bool, as `RoleParse` has it, for a metric.
+        gather: as in `credit_rollout`.
+        function: whose name an error carries.
+
+    Returns: WeighedRollout. Beside the metrics of `MetricSums`: `srpo/weight_min` and `srpo/weight_max` over tokens
+        with a role; `srpo/parse_failures`, the share of completions that lack perception or reasoning, of those with
+        a valid token; `srpo/unclosed`, the share whose last tag was never closed; `srpo/contrast_rows`, the tokens
+        that the contrast streams were scored on.
+
+    Gradient: none.
+
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError.
+    """
+    call = checks.Call(function, streams.logps, "logps")
+    layout = checks.layout_of(call, "logps", streams.logps, None)
+    mask = checks.mask_of(call, completion_mask, layout)
+    roles = checks.roles_of(call, role_ids, mask, layout)
+    per_token = checks.advantages_of(call, advantages, mask, layout)
+    weighed = _weigh(call, layout, credit, roles, mask, per_token, streams)
+    own = _own_metrics(weighed, credit, roles, mask, per_token, unclosed, layout)
+    metrics = _named(own[None] if gather is None else gather(own[None]))
+    return WeighedRollout(token_advantages(per_token, weighed.weights).to(advantages.dtype), weighed.weights, metrics)
+
+
+def _weigh(
+    call: checks.Call,
+    layout: Layout,
+    credit: CreditConfig | Method,
+    role_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    streams: ScoredStreams,
+) -> Credit:
+    """Return the weights, and what the metrics need.
+
+    A method has weights alone: its contrast is that of the image, it clips nothing and has no baseline.
+    """
+    logps = Streams(streams.corrupted_logps, streams.ablated_logps)
+    if isinstance(credit, CreditConfig):
+        checks.contrast_streams(call, credit, layout, role_ids, mask, logps)
+        read = Streams(*(x if name in credit.streams else None for name, x in zip(STREAMS, logps, strict=True)))
+        backend = checks.backend_of(call, "auto", streams.logps.dtype)
+        return run_credit(call, layout, mask, role_ids, advantages, credit, backend, base=streams.logps, streams=read)
+    weights = credit(
+        logps=streams.logps, completion_mask=mask, role_ids=role_ids, advantages=advantages, entropy=streams.entropy,
+        corrupted_logps=logps.corrupted, ablated_logps=logps.ablated,
+    )  # fmt: skip
+    contrast, lost = torch.zeros_like(weights), mask.new_zeros((), dtype=torch.long)
+    if logps.corrupted is not None:
+        contrast = streams.logps - logps.corrupted
+        lost = (credit.rows("corrupted", role_ids, mask) & is_not_scored(logps.corrupted)).sum()
+    no_baseline = weights.new_full((len(mask),), torch.nan)
+    return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, lost)
+
+
+def _own_metrics(
+    weighed: Credit,
+    credit: CreditConfig | Method,
+    role_ids: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    unclosed: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Return this rank's part of the metrics: sums, then counts, then the smallest and minus the largest weight."""
+    no_clips = weighed.weights.new_zeros(1, 3)
+    sums = loss_sums(mask, mask, advantages, no_clips, None, layout)
+    known = mask.any(dim=1)
+    parsed = torch.stack([(mask & (role_ids == role)).any(dim=1) for role in (Role.PERCEPTION, Role.REASONING)]).all(0)
+    rows = sum((credit.rows(name, role_ids, mask).sum() for name in credit.streams), mask.sum() * 0)
+    open_tags = (mask.sum() * 0) if unclosed is None else (unclosed.to(mask.device) & known).sum()
+    counts = torch.stack([(known & ~parsed).sum(), open_tags, known.sum(), rows])
+    weights, credited = weighed.weights.double(), mask & (role_ids != Role.OTHER)
+    lowest = torch.where(credited, weights, torch.inf).amin() if mask.numel() else weights.new_full((), torch.inf)
+    highest = torch.where(credited, weights, -torch.inf).amax() if mask.numel() else weights.new_full((), -torch.inf)
+    parts = (sums, credit_sums(weighed, role_ids, mask, advantages), counts.double(), torch.stack([lowest, -highest]))
+    return torch.cat(parts)
+
+
+def _named(ranks: Tensor) -> dict[str, float]:
+    """Turn the parts of all ranks, `[ranks, K]`, into floats by name."""
+    total, bounds = ranks[:, :-2].sum(dim=0), ranks[:, -2:].amin(dim=0).tolist()
+    named = MetricSums(total[:-4], frozenset({"credit"})).floats()
+    failed, unclosed, n, rows = total[-4:].tolist()
+    if n:
+        named |= {"srpo/parse_failures": failed / n, "srpo/unclosed": unclosed / n}
+    named["srpo/contrast_rows"] = rows
+    if bounds[0] <= -bounds[1]:  # else no token had a role
+        named |= {"srpo/weight_min": bounds[0], "srpo/weight_max": -bounds[1]}
+    return {name: value for name, value in named.items() if not math.isnan(value)}
