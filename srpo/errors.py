@@ -53,8 +53,13 @@ class ConfigWarning(UserWarning):
 
 
 def refuse(error: type[SRPOError], function: str, argument: str, got: str, expected: str, fix: str) -> NoReturn:
-    """Raise `error` with the house message: what was called, which argument, what it got, what fits, and one fix."""
-    raise error(f"{function}(): {argument} got {got}, expected {expected}; {fix}.")
+    """Raise `error` with the house message."""
+    raise error(house_message(function, argument, got, expected, fix))
+
+
+def house_message(function: str, argument: str, got: str, expected: str, fix: str) -> str:
+    """Say what was called, which argument, what it got, what fits, and one fix."""
+    return f"{function}(): {argument} got {got}, expected {expected}; {fix}."
 
 
 def describe(x: Any) -> str:

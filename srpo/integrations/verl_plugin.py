@@ -5,6 +5,7 @@ log. So nothing is raised here: an error is logged, and a placeholder that raise
 Both wait until verl imports its trainers, which takes seconds and happens in few of its processes.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from srpo.errors import ConfigError, IncompatibleVersionError, SRPOError
+from srpo.errors import ConfigError, IncompatibleVersionError, SRPOError, house_message, refuse
 from srpo.integrations.verl import CreditStages, check_pictures
 from srpo.settings import CreditSettings
 from srpo.vision.corruption import PixelLayout
@@ -128,21 +129,39 @@ def settings_of(config: Any) -> CreditSettings:
         _refuse("algorithm.rollout_correction.bypass_mode", "True", "False", fix)
     if streams and _at(config, "actor_rollout_ref.actor.policy_loss.loss_mode") == "geo_mean":
         fix = "use 'vanilla' or 'gspo'"
-        _refuse("policy_loss.loss_mode", "'geo_mean'", "a loss per token: weights with mean 1 cancel in its mean", fix)
+        _refuse(
+            "policy_loss.loss_mode",
+            "'geo_mean'",
+            "a loss per token: weights with mean 1 cancel in its mean",
+            fix,
+        )
     strategy = str(_at(config, "actor_rollout_ref.actor.strategy"))
     replay = _at(config, f"actor_rollout_ref.actor.{strategy}.router_replay.mode")
     if streams and replay not in (None, "disabled"):
-        _refuse("router_replay.mode", repr(replay), "'disabled'", "the experts of one context do not fit the others")
+        _refuse(
+            "router_replay.mode",
+            repr(replay),
+            "'disabled'",
+            "the experts of one context do not fit the others",
+        )
     if "ablated" in streams and settings.ablated_positions == "keep":
         fix = "set algorithm.srpo.ablated_positions=close"
         if strategy not in ("fsdp", "fsdp2"):
-            _refuse("actor.strategy", repr(strategy), "fsdp or fsdp2, which pass positions on as given", fix)
+            _refuse(
+                "actor.strategy",
+                repr(strategy),
+                "fsdp or fsdp2, which pass positions on as given",
+                fix,
+            )
         model = "actor_rollout_ref.model"
         attention = _at(config, f"{model}.override_config.attn_implementation") or "flash_attention_2"
         if _at(config, f"{model}.use_remove_padding") and not str(attention).startswith("flash"):
             expected = "flash attention: in packed rows others take a gap in the positions for another sequence"
             _refuse("attn_implementation", repr(attention), expected, fix)
     return settings
+
+
+_refuse = functools.partial(refuse, ConfigError, "SRPOTrainerSync")
 
 
 def _at(config: Any, path: str) -> Any:
@@ -181,11 +200,7 @@ def _try(function: Callable[[SRPOError], None], error: SRPOError) -> None:
 
 def _incompatible(argument: str, got: str, expected: str) -> IncompatibleVersionError:
     fix = f"pip install 'verl=={TESTED[-1]}'; tested with {', '.join(TESTED)}"
-    return IncompatibleVersionError(f"verl_plugin(): {argument} got {got}, expected {expected}; {fix}.")
-
-
-def _refuse(argument: str, got: str, expected: str, fix: str) -> NoReturn:
-    raise ConfigError(f"SRPOTrainerSync(): {argument} got {got}, expected {expected}; {fix}.")
+    return IncompatibleVersionError(house_message("verl_plugin", argument, got, expected, fix))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from srpo import checks
-from srpo.errors import ConfigError
+from srpo.errors import ConfigError, is_number, refuse
 from srpo.methods.signals import difference, number, opened
 from srpo_kernels.layout import Layout
 
@@ -24,9 +24,9 @@ def linear_strength(step: int, *, initial: float = 0.5, steps: int = 50) -> floa
     Source: RLSD, arXiv 2604.03128. The released script starts counting at 1 and ends after 60.
     """
     for name, x, lowest in (("step", step, 0), ("initial", initial, 0), ("steps", steps, 1)):
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not lowest <= x < torch.inf:
+        if not is_number(x) or x < lowest:
             expected, fix = f"a number of at least {lowest}", "pass trainer.state.global_step as step"
-            raise ConfigError(f"linear_strength(): {name} got {x!r}, expected {expected}; {fix}.")
+            refuse(ConfigError, "linear_strength", name, repr(x), expected, fix)
     return initial * max(0.0, 1.0 - step / steps)
 
 

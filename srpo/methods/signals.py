@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srpo import checks
 from srpo.credit import compute_dtype
-from srpo.errors import ConfigError
+from srpo.errors import ConfigError, is_number
 
 MOST_NATS = 20.0  # differences of log-probs are clamped to +- this
 
@@ -63,6 +63,6 @@ def at_least_kth(x: Tensor, mask: Tensor, k: Tensor) -> Tensor:
 
 def number(call: checks.Call, name: str, x: Any, lowest: float, highest: float, default: float) -> None:
     """Check a hyper-parameter."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not lowest <= x <= highest:
+    if not is_number(x) or not lowest <= x <= highest:
         expected = f"a number in [{lowest}, {highest}]" if highest < torch.inf else f"a number of at least {lowest}"
         call.fail(ConfigError, name, repr(x), expected, f"try {name}={default}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srpo import checks
 from srpo.credit import compute_dtype
-from srpo.errors import ConfigError, DtypeError, ShapeError
+from srpo.errors import ConfigError, DtypeError, ShapeError, describe, is_int, refuse
 from srpo.methods.signals import at_least_kth, mean, min_max, number, opened, share_of
 
 
@@ -36,12 +36,12 @@ def visual_similarity(outputs: Any, image_token_mask: Tensor, logits_to_keep: in
     call = checks.Call("visual_similarity", states, "outputs")
     if states.dim() != 3:
         fix = "pass hidden_states[-1], or what the model returned"
-        call.fail(ShapeError, "outputs", checks.describe(states), "last hidden states [B, S, H]", fix)
+        call.fail(ShapeError, "outputs", describe(states), "last hidden states [B, S, H]", fix)
     B, S, _ = states.shape
     call.tensor("outputs", states, [tuple(states.shape)], "[B, S, H]", "float")
     call.tensor("image_token_mask", image_token_mask, [(B, S)], "[B, S]", "mask")
     T = S if logits_to_keep is None else logits_to_keep
-    if isinstance(T, bool) or not isinstance(T, int) or not 0 <= T <= S:
+    if not is_int(T) or not 0 <= T <= S:
         call.fail(ConfigError, "logits_to_keep", repr(T), f"an int in [0, {S}]", "pass completion_ids.size(1)")
     states, image = states.to(compute_dtype(states)), image_token_mask != 0
     prototype = mean(states.mT, image[:, None, :]).mT  # [B, 1, H]
@@ -56,7 +56,7 @@ def _last_states(outputs: Any) -> Tensor:
     if not layers:
         expected = "hidden states [B, S, H], or model outputs that hold them"
         fix = "call the model with output_hidden_states=True"
-        raise DtypeError(f"visual_similarity(): outputs got {type(outputs).__name__}, expected {expected}; {fix}.")
+        refuse(DtypeError, "visual_similarity", "outputs", type(outputs).__name__, expected, fix)
     return layers[-1]
 
 

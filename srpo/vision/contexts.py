@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo.checks import Call, describe
-from srpo.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from srpo.checks import Call
+from srpo.errors import ConfigError, DeviceError, DtypeError, ShapeError, describe
 from srpo.vision.corruption import PatchMask
 from srpo.vision.cuts import is_pixels
 from srpo.vision.inputs import ModelInputs, row_cuts

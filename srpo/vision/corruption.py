@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srpo.checks import describe
-from srpo.errors import ConfigError, DtypeError
-from srpo.vision.pixels import PixelLayout, fail
+from srpo.errors import ConfigError, DtypeError, check_fields, checked_fields, describe, is_int, refuse, require
+from srpo.vision.pixels import PixelLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +62,7 @@ class Corruption:
         for image in images:
             if not isinstance(image, Image.Image):
                 fix = "pass a flat list of pictures"
-                fail(DtypeError, function, "images", describe(image), "PIL.Image.Image items", fix)
+                refuse(DtypeError, function, "images", describe(image), "PIL.Image.Image items", fix)
         cell = self._cell_of(cell, function)
         pixels = [pixels_of(image) for image in images]
         draws = _draws(generator, len(pixels), function)
@@ -93,9 +92,11 @@ class Corruption:
         """
         function = f"{type(self).__name__}.on_inputs"
         if not isinstance(inputs, Mapping):
-            fail(DtypeError, function, "inputs", describe(inputs), "a mapping", "pass the output of the processor")
+            refuse(DtypeError, function, "inputs", describe(inputs), "a mapping", "pass the output of the processor")
         if not isinstance(layout, PixelLayout):
-            fail(ConfigError, function, "layout", describe(layout), "a PixelLayout", "pass PixelLayout.of_model(model)")
+            refuse(
+                ConfigError, function, "layout", describe(layout), "a PixelLayout", "pass PixelLayout.of_model(model)"
+            )
         cell = self._cell_of(layout.merged_patch, function)
         pictures = layout.pictures(inputs, function)
         draws = _draws(generator, len(pictures), function)
@@ -109,10 +110,10 @@ class Corruption:
 
     def _cell_of(self, merged_patch: int | None, function: str) -> int:
         """Check the size of an image token in pixels, and return the size of a cell."""
-        x = merged_patch
-        if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
-            fail(ConfigError, function, "cell", repr(x), "a positive int", "pass cell=layout.merged_patch")
-        return x or 1
+        if merged_patch is not None and not (is_int(merged_patch) and merged_patch > 0):
+            fix = "pass cell=layout.merged_patch"
+            refuse(ConfigError, function, "cell", repr(merged_patch), "a positive int", fix)
+        return merged_patch or 1
 
     def _corrupt_all(
         self,
@@ -130,6 +131,7 @@ class Corruption:
         raise NotImplementedError
 
 
+@checked_fields
 @dataclass(frozen=True)
 class PatchMask(Corruption):
     """Paint a random share of the cells of each picture over, all cells with the same probability.
@@ -154,22 +156,20 @@ class PatchMask(Corruption):
     fill: Literal["black", "grey"] = "black"
 
     def __post_init__(self) -> None:
-        _check_number(self, "probability", 0.0, 1.0)
-        x = self.cell
-        if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
-            fail(ConfigError, "PatchMask", "cell", repr(x), "None or a positive int", "use cell=None")
-        _check_fill(self)
+        check_fields(self)
+        require(self, "probability", 0.0 <= self.probability <= 1.0, "a number in [0.0, 1.0]")
+        require(self, "cell", self.cell is None or self.cell > 0, "None or a positive int")
 
     def _cell_of(self, merged_patch: int | None, function: str) -> int:
         unit = super()._cell_of(merged_patch, function)
         if self.cell is None:
             if merged_patch is None:
                 fix = "pass cell=layout.merged_patch, or set PatchMask(cell=...)"
-                fail(ConfigError, function, "cell", "None", "the pixels per side of an image token", fix)
+                refuse(ConfigError, function, "cell", "None", "the pixels per side of an image token", fix)
             return unit
         if self.cell % unit:
             expected = f"a multiple of {unit}, the pixels per side of an image token"
-            fail(ConfigError, function, "cell", repr(self.cell), expected, "use cell=None")
+            refuse(ConfigError, function, "cell", repr(self.cell), expected, "use cell=None")
         return self.cell
 
     def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
@@ -187,6 +187,7 @@ def _cell_of_each_pixel(n: int, cell: Cell, side: int) -> np.ndarray:
     return pixels // cell if isinstance(cell, int) else pixels * min(cell[side], n) // n
 
 
+@checked_fields
 @dataclass(frozen=True)
 class GaussianNoise(Corruption):
     """Add independent Gaussian noise to every channel of every pixel, then round and clip to 8 bits.
@@ -203,7 +204,8 @@ class GaussianNoise(Corruption):
     sigma: float = 80.0
 
     def __post_init__(self) -> None:
-        _check_number(self, "sigma", 0.0, math.inf)
+        check_fields(self)
+        require(self, "sigma", self.sigma >= 0.0, "a number of at least 0")
 
     def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         pixels = layout.to_bytes(picture).cpu().numpy()
@@ -212,6 +214,7 @@ class GaussianNoise(Corruption):
         return layout.from_bytes(noisy.to(picture.device), picture.dtype)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Blur(Corruption):
     """Blur with Pillow's Gaussian filter. Half precision: as `GaussianNoise`.
@@ -226,7 +229,8 @@ class Blur(Corruption):
     radius: float = 8.0
 
     def __post_init__(self) -> None:
-        _check_number(self, "radius", 0.0, math.inf)
+        check_fields(self)
+        require(self, "radius", self.radius >= 0.0, "a number of at least 0")
 
     def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         from PIL import Image, ImageFilter
@@ -238,6 +242,7 @@ class Blur(Corruption):
         return layout.from_bytes(blurred.to(picture.device), picture.dtype)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Blank(Corruption):
     """Replace pictures by one colour.
@@ -252,7 +257,7 @@ class Blank(Corruption):
     fill: Literal["black", "grey"] = "black"
 
     def __post_init__(self) -> None:
-        _check_fill(self)
+        check_fields(self)
 
     def _corrupt(self, picture: Tensor, layout: PixelLayout, cell: Cell, draw: np.random.Generator) -> Tensor:
         return layout.filled(_LEVELS[self.fill], picture).expand_as(picture)
@@ -314,12 +319,12 @@ def image_of(pixels: Tensor) -> "Image":
 
 def _draws(generator: Any, n: int, function: str) -> list[np.random.Generator]:
     """Draw the seeds of n pictures, and return a generator for each."""
-    if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool) and 0 <= generator < 2**63:
+    if (is_int(generator) or isinstance(generator, np.integer)) and 0 <= generator < 2**63:
         generator = torch.Generator().manual_seed(int(generator))
     elif not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
         got = f"a generator on {generator.device}" if isinstance(generator, torch.Generator) else repr(generator)
         fix = "pass torch.Generator().manual_seed(seed)"
-        fail(ConfigError, function, "generator", got, "a CPU torch.Generator or a seed in [0, 2**63)", fix)
+        refuse(ConfigError, function, "generator", got, "a CPU torch.Generator or a seed in [0, 2**63)", fix)
     seeds = torch.randint(2**63 - 1, (n,), generator=generator)
     return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds.tolist()]
 
@@ -327,18 +332,3 @@ def _draws(generator: Any, n: int, function: str) -> list[np.random.Generator]:
 def _digest(picture: Tensor) -> bytes:
     pixels = picture.contiguous().cpu().flatten().view(torch.uint8)
     return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
-
-
-def _check_number(corruption: Any, name: str, lowest: float, highest: float) -> None:
-    x = getattr(corruption, name)
-    finite = isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-    if not finite or not lowest <= x <= highest:
-        default = type(corruption).__dataclass_fields__[name].default
-        expected = f"a number of at least {lowest}" if highest == math.inf else f"a number in [{lowest}, {highest}]"
-        fail(ConfigError, type(corruption).__name__, name, repr(x), expected, f"try {name}={default}")
-
-
-def _check_fill(corruption: Any) -> None:
-    if corruption.fill not in ("black", "grey"):
-        fix = "try fill='black'"
-        fail(ConfigError, type(corruption).__name__, "fill", repr(corruption.fill), "'black' or 'grey'", fix)

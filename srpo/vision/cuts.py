@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from srpo.checks import Call, describe
-from srpo.errors import ShapeError
+from srpo.checks import Call
+from srpo.errors import ShapeError, describe
 
 # Where the entries of each sequence start, and the last ones end: B + 1 offsets.
 Offsets = list[int]

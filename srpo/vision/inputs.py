@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo.checks import Call, describe
-from srpo.errors import ConfigError, ShapeError
+from srpo.checks import Call
+from srpo.errors import ConfigError, ShapeError, describe
 from srpo.vision.access import backbone_of
 from srpo.vision.cuts import Offsets, Placeholders, alike_units, cuts_of, grids_of, is_pixels, kind_of
 

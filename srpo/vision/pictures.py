@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srpo.checks import describe
-from srpo.errors import ConfigError, DtypeError, ShapeError
+from srpo.errors import ConfigError, DtypeError, ShapeError, describe, is_int, refuse
 from srpo.vision.corruption import RGB, Cell, Corruption, PatchMask, image_of, pixels_of
-from srpo.vision.pixels import fail
 from srpo.vision.seeds import Prompt, bytes_of, picture_bytes, seed_of
 
 # Cells where no processor tells: so many on the shorter side, and none so small that resizing would blur it away.
@@ -51,9 +49,9 @@ def corrupt_images(
     function = "corrupt_images"
     if not isinstance(corruption, Corruption):
         expected, fix = "one of srpo.vision.corruption", "pass PatchMask(), or corrupt the pictures yourself"
-        fail(ConfigError, function, "corruption", describe(corruption), expected, fix)
+        refuse(ConfigError, function, "corruption", describe(corruption), expected, fix)
     if isinstance(images, str) or not isinstance(images, Sequence):
-        fail(DtypeError, function, "images", describe(images), "a list", "pass [picture]")
+        refuse(DtypeError, function, "images", describe(images), "a list", "pass [picture]")
     found: list[tuple[Tensor, int]] = []  # the frames of each picture, and its seed
     keys = _prompt_keys(seed, len(images), function)
     for item, key in zip(images, keys, strict=True):
@@ -75,13 +73,15 @@ def corrupt_images(
 
 def _prompt_keys(seed: Any, n: int, function: str) -> list[bytes]:
     """Return for each of n entries the bytes that its prompt adds to the seeds of its pictures."""
-    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+    if is_int(seed) or isinstance(seed, np.integer):
         return [bytes_of(int(seed))] * n
     if not isinstance(seed, Sequence) or isinstance(seed, str | bytes):
         expected, fix = "an int, or the prompt of each entry of images", "pass seed=0, or seed=prompts"
-        fail(ConfigError, function, "seed", describe(seed), expected, fix)
+        refuse(ConfigError, function, "seed", describe(seed), expected, fix)
     if len(seed) != n:
-        fail(ShapeError, function, "seed", f"{len(seed)} prompts", f"{n}, one for each entry of images", "pass seed=0")
+        refuse(
+            ShapeError, function, "seed", f"{len(seed)} prompts", f"{n}, one for each entry of images", "pass seed=0"
+        )
     return [bytes_of(prompt) for prompt in seed]
 
 
@@ -96,12 +96,12 @@ def _map_pictures(item: Any, depth: int, change: Callable[[Tensor], Any]) -> Any
         made = change(pixels_of(item)[None])
         return made[0] if made else made
     if not isinstance(item, list | tuple) or depth > 1:
-        fail(DtypeError, function, "images", describe(item), "PIL.Image.Image items", fix)
+        refuse(DtypeError, function, "images", describe(item), "PIL.Image.Image items", fix)
     if depth == 0:
         return [_map_pictures(x, 1, change) for x in item]
     frames = [x for x in item if isinstance(x, Image.Image)]
     if len(frames) != len(item) or len({frame.size for frame in frames}) > 1:
-        fail(DtypeError, function, "images", describe(item), "a video: PIL.Image.Image frames of one size", fix)
+        refuse(DtypeError, function, "images", describe(item), "a video: PIL.Image.Image frames of one size", fix)
     return change(torch.stack([pixels_of(frame) for frame in frames])) if frames else []
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from srpo.checks import describe
-from srpo.errors import ConfigError, DtypeError, ShapeError, SRPOError
+from srpo.errors import ConfigError, DtypeError, ShapeError, SRPOError, describe, is_int, refuse
 
 Kind = Literal["flattened", "tiled", "images"]
 
@@ -37,11 +36,6 @@ PICTURE_ROAD = (
 )
 _NAMES = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
-
-
-def fail(error: type[SRPOError], function: str, argument: str, got: str, expected: str, fix: str) -> NoReturn:
-    """Raise `error` with the house message."""
-    raise error(f"{function}(): {argument} got {got}, expected {expected}; {fix}.")
 
 
 class Picture(NamedTuple):
@@ -91,21 +85,21 @@ class PixelLayout:
 
     def __post_init__(self) -> None:
         if self.kind not in _RANKS:
-            fail(ConfigError, "PixelLayout", "kind", repr(self.kind), " or ".join(map(repr, _RANKS)), "use of_model")
+            refuse(ConfigError, "PixelLayout", "kind", repr(self.kind), " or ".join(map(repr, _RANKS)), "use of_model")
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
             size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if not is_int(size) or size < 1:
                 fix = "read it from the config of the model"
-                fail(ConfigError, "PixelLayout", name, repr(size), "a positive integer", fix)
+                refuse(ConfigError, "PixelLayout", name, repr(size), "a positive integer", fix)
         for name in ("image_mean", "image_std"):
             try:
                 object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
             except (TypeError, ValueError):
                 fix = "copy it from the image processor"
-                fail(ConfigError, "PixelLayout", name, repr(getattr(self, name)), "one number per channel", fix)
+                refuse(ConfigError, "PixelLayout", name, repr(getattr(self, name)), "one number per channel", fix)
         if len(self.image_mean) != len(self.image_std) or not self.image_std or min(self.image_std) <= 0.0:
             expected = f"a positive number for each of the {len(self.image_mean)} channels of image_mean"
-            fail(ConfigError, "PixelLayout", "image_std", repr(self.image_std), expected, "use the processor's")
+            refuse(ConfigError, "PixelLayout", "image_std", repr(self.image_std), expected, "use the processor's")
 
     @classmethod
     def of_processor(cls, processor: Any) -> Self:
@@ -129,7 +123,9 @@ class PixelLayout:
             patch, merge = processor.patch_size, _probed_merge(processor, images)
         else:
             expected = "a processor that knows the size of its patches"
-            fail(ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, PICTURE_ROAD)
+            refuse(
+                ConfigError, "PixelLayout.of_processor", "processor", type(processor).__name__, expected, PICTURE_ROAD
+            )
         # scale is 1 for every published processor
         scale = 255.0 * images.rescale_factor if getattr(images, "do_rescale", True) else 255.0
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ((0.0,) * 3, (1.0,) * 3)
@@ -138,7 +134,7 @@ class PixelLayout:
         if kind != "tiled" and not layout._reads_back(images):
             got = f"{type(images).__name__}, whose pixels are not where this class finds them"
             expected = "a processor of Qwen2-VL's or LLaVA's kind"
-            fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+            refuse(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
         return layout
 
     @classmethod
@@ -153,7 +149,7 @@ class PixelLayout:
         if config is None or family not in _MODELS:
             expected = "a model of " + ", ".join(_MODELS)
             fix = PICTURE_ROAD
-            fail(ConfigError, "PixelLayout.of_model", "model", repr(family), expected, fix)
+            refuse(ConfigError, "PixelLayout.of_model", "model", repr(family), expected, fix)
         kind, (mean, std) = _MODELS[family]
         vision, merge, temporal = config.vision_config, 1, 1
         if kind == "flattened":
@@ -206,19 +202,19 @@ class PixelLayout:
     def _check(self, pixels: Any, name: str, function: str) -> None:
         if not isinstance(pixels, Tensor):
             fix = "call the processor with return_tensors='pt'"
-            fail(DtypeError, function, name, describe(pixels), "a torch.Tensor", fix)
+            refuse(DtypeError, function, name, describe(pixels), "a torch.Tensor", fix)
         if pixels.dtype not in _DTYPES:
             fix = "pass the output of the processor"
-            fail(DtypeError, function, name, describe(pixels), "floating point or uint8", fix)
+            refuse(DtypeError, function, name, describe(pixels), "floating point or uint8", fix)
         if self.kind != "flattened" and name != "pixel_values":
-            fail(ConfigError, function, name, describe(pixels), "pictures alone in this layout", PICTURE_ROAD)
+            refuse(ConfigError, function, name, describe(pixels), "pictures alone in this layout", PICTURE_ROAD)
         rank, shape = _RANKS[self.kind]
         if pixels.dim() != rank:
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, name, describe(pixels), f"{shape} for kind={self.kind!r}", fix)
+            refuse(ShapeError, function, name, describe(pixels), f"{shape} for kind={self.kind!r}", fix)
         if self.kind != "flattened" and pixels.shape[-3] != len(self.image_mean):
             expected = f"the {len(self.image_mean)} channels of image_mean"
-            fail(ShapeError, function, name, describe(pixels), expected, "use the processor's mean and std")
+            refuse(ShapeError, function, name, describe(pixels), expected, "use the processor's mean and std")
 
     def replaced(
         self, inputs: Mapping[str, Any], pictures: list[Picture], values: list[Tensor], function: str
@@ -230,7 +226,7 @@ class PixelLayout:
             out[picture.name][picture.place] = self._flatten(new) if self.kind == "flattened" else new
         if self.kind == "tiled" and not all(torch.equal(_is_real(out[name]), _is_real(inputs[name])) for name in names):
             expected = "pictures with a value other than 0: the model takes a tile of zeros for padding"
-            fail(ConfigError, function, "pixel_values", "a picture of zeros", expected, "use fill='grey'")
+            refuse(ConfigError, function, "pixel_values", "a picture of zeros", expected, "use fill='grey'")
         return out
 
     def _reads_back(self, images: Any) -> bool:
@@ -258,18 +254,18 @@ class PixelLayout:
         grid = inputs.get(name)
         fix = f"pass the {name} that the processor returned with the pixels"
         if grid is None:
-            fail(ConfigError, function, name, "None", "a tensor [n_images, 3]", fix)
+            refuse(ConfigError, function, name, "None", "a tensor [n_images, 3]", fix)
         if not isinstance(grid, Tensor) or grid.dtype.is_floating_point or grid.dim() != 2 or grid.shape[1] != 3:
-            fail(ShapeError, function, name, describe(grid), "an integer tensor [n_images, 3]", fix)
+            refuse(ShapeError, function, name, describe(grid), "an integer tensor [n_images, 3]", fix)
         rows = grid.tolist()
         merge = self.merge_size
         for t, h, w in rows:
             if min(t, h, w) < 1 or h % merge or w % merge:
                 expected = f"positive (t, h, w), h and w multiples of merge_size={merge}"
-                fail(ShapeError, function, name, f"({t}, {h}, {w})", expected, fix)
+                refuse(ShapeError, function, name, f"({t}, {h}, {w})", expected, fix)
         n = sum(t * h * w for t, h, w in rows)
         if n != len(pixels):
-            fail(ShapeError, function, name, f"{n} patches", f"{len(pixels)}, those of the pixels", fix)
+            refuse(ShapeError, function, name, f"{n} patches", f"{len(pixels)}, those of the pixels", fix)
         return rows
 
     def _flattened(self, pixels: Tensor, grid: list[list[int]], name: str, function: str) -> list[Picture]:
@@ -277,7 +273,7 @@ class PixelLayout:
         if pixels.shape[1] != C * T * p * p:
             expected = f"{C * T * p * p} values per patch ({C} channels, {T} frames, {p} x {p} pixels)"
             fix = "build the layout with PixelLayout.of_model(model)"
-            fail(ShapeError, function, name, describe(pixels), expected, fix)
+            refuse(ShapeError, function, name, describe(pixels), expected, fix)
         found, start = [], 0
         for index, (t, h, w) in enumerate(grid):
             place = slice(start, start + t * h * w)
@@ -307,13 +303,13 @@ class PixelLayout:
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.shape != (B, n, H, W):
                 fix = "pass the mask that the processor returned with pixel_values"
-                fail(ShapeError, function, "pixel_attention_mask", describe(mask), f"[{B}, {n}, {H}, {W}]", fix)
+                refuse(ShapeError, function, "pixel_attention_mask", describe(mask), f"[{B}, {n}, {H}, {W}]", fix)
             valid = mask.to(pixels.device) != 0
             sizes = torch.stack([valid.any(-1).sum(-1), valid.any(-2).sum(-1)], dim=-1)
             corner = torch.stack([valid[..., 0].sum(-1), valid[..., 0, :].sum(-1)], dim=-1)
             if not torch.equal(sizes, corner) or not torch.equal(valid.sum((-2, -1)), sizes.prod(-1)):
                 expected = "one rectangle per tile, with padding on the right and below"
-                fail(ShapeError, function, "pixel_attention_mask", "another region", expected, "use the processor's")
+                refuse(ShapeError, function, "pixel_attention_mask", "another region", expected, "use the processor's")
             real = real & (sizes.prod(-1) > 0)
         found = []
         for (b, i), (h, w) in zip(real.nonzero().tolist(), sizes[real.to(sizes.device)].tolist(), strict=True):
@@ -339,7 +335,7 @@ def _probed_merge(processor: Any, images: Any) -> int:
     count = getattr(processor, "_get_num_multimodal_tokens", None)
     if pixels.dim() != 4 or len(pixels) != 1 or count is None:
         got, expected = f"{type(processor).__name__}, which makes {describe(pixels)} of a picture", "[1, C, H, W]"
-        fail(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
+        refuse(ConfigError, "PixelLayout.of_processor", "processor", got, expected, PICTURE_ROAD)
     (n_tokens,) = count(image_sizes=[[size, size]])["num_image_tokens"]
     area = pixels.shape[-2] * pixels.shape[-1]
     return max(1, round((area / n_tokens) ** 0.5 / processor.patch_size))

@@ -405,7 +405,7 @@ def test_noise_has_the_width_that_was_asked_for_and_is_clipped(sigma, level, see
         (lambda: PatchMask(probability=float("nan")), "probability got nan"),
         (lambda: PatchMask(cell=0), "cell got 0, expected None or a positive int"),
         (lambda: PatchMask(cell=8.0), "cell got 8.0"),
-        (lambda: PatchMask(fill="white"), "fill got 'white', expected 'black' or 'grey'"),
+        (lambda: PatchMask(fill="white"), "fill got 'white', expected one of 'black', 'grey'"),
         (lambda: Blank(fill=0), "fill got 0"),
         (lambda: GaussianNoise(sigma=-1), "sigma got -1, expected a number of at least 0"),
         (lambda: Blur(radius=float("inf")), "radius got inf"),
