@@ -129,30 +129,15 @@ def settings_of(config: Any) -> CreditSettings:
         _refuse("algorithm.rollout_correction.bypass_mode", "True", "False", fix)
     if streams and _at(config, "actor_rollout_ref.actor.policy_loss.loss_mode") == "geo_mean":
         fix = "use 'vanilla' or 'gspo'"
-        _refuse(
-            "policy_loss.loss_mode",
-            "'geo_mean'",
-            "a loss per token: weights with mean 1 cancel in its mean",
-            fix,
-        )
+        _refuse("policy_loss.loss_mode", "'geo_mean'", "a loss per token: weights with mean 1 cancel in its mean", fix)
     strategy = str(_at(config, "actor_rollout_ref.actor.strategy"))
     replay = _at(config, f"actor_rollout_ref.actor.{strategy}.router_replay.mode")
     if streams and replay not in (None, "disabled"):
-        _refuse(
-            "router_replay.mode",
-            repr(replay),
-            "'disabled'",
-            "the experts of one context do not fit the others",
-        )
+        _refuse("router_replay.mode", repr(replay), "'disabled'", "the experts of one context do not fit the others")
     if "ablated" in streams and settings.ablated_positions == "keep":
         fix = "set algorithm.srpo.ablated_positions=close"
         if strategy not in ("fsdp", "fsdp2"):
-            _refuse(
-                "actor.strategy",
-                repr(strategy),
-                "fsdp or fsdp2, which pass positions on as given",
-                fix,
-            )
+            _refuse("actor.strategy", repr(strategy), "fsdp or fsdp2, which pass positions on as given", fix)
         model = "actor_rollout_ref.model"
         attention = _at(config, f"{model}.override_config.attn_implementation") or "flash_attention_2"
         if _at(config, f"{model}.use_remove_padding") and not str(attention).startswith("flash"):
