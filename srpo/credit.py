@@ -76,6 +76,11 @@ def role_contrast(
         where a cell is read that `score_streams` did not score (it stays NaN where values are not checked).
 
     Source: Jiang & Zou, arXiv 2605.07274.
+
+    Example:
+        >>> logps, role_ids = torch.tensor([[-0.5, -1.0, -0.2]]), torch.tensor([[1, 1, 2]])
+        >>> role_contrast(logps, corrupted_logps=logps - 1.5, ablated_logps=logps - 0.5, role_ids=role_ids)
+        tensor([[1.5000, 1.5000, 0.5000]])
     """
     call = checks.Call("role_contrast", logps, "logps", validate_values)
     checks.credit_config(call, credit)
@@ -135,6 +140,10 @@ def token_weights(
     Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError (`strict_finite`).
 
     Source: Jiang & Zou, arXiv 2605.07274.
+
+    Example:
+        >>> token_weights(torch.tensor([[0.1, -0.1, 0.0]]), torch.tensor([[1, 2, 0]]))
+        tensor([[1.0997, 0.9003, 1.0000]])
     """
     call = checks.Call("token_weights", contrast, "contrast", validate_values)
     checks.credit_config(call, credit)
@@ -170,6 +179,10 @@ def token_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
     Raises: ShapeError, DtypeError, DeviceError.
 
     Source: Jiang & Zou, arXiv 2605.07274.
+
+    Example:
+        >>> token_advantages(torch.tensor([2.0]), torch.tensor([[1.2, 0.8, 0.0]]))
+        tensor([[2.4000, 1.6000, 0.0000]])
     """
     call = checks.Call("token_advantages", weights, "weights")
     call.tensor("weights", weights, [tuple(weights.shape)], "[B, T] or [N]", "float")
@@ -201,6 +214,10 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale: str = "group"
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, NonFiniteError.
 
     Source: DeepSeekMath, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783, for `"none"`.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([7, 7, 8]))
+        tensor([ 0.7070, -0.7070,  0.0000])
     """
     call = checks.Call("group_advantages", rewards, "rewards")
     shape = tuple(rewards.shape)

@@ -85,6 +85,16 @@ def role_weighted_grpo_loss_from_hidden(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, NonFiniteError, KernelUnavailableError.
 
     Source: Jiang & Zou, arXiv 2605.07274; GRPO, arXiv 2402.03300; loss types as TRL's `GRPOTrainer`.
+
+    Example:
+        >>> hidden = torch.randn(2, 7, 16, requires_grad=True)  # [B, T + 1, H]
+        >>> head = torch.nn.Linear(16, 100, bias=False)
+        >>> out = role_weighted_grpo_loss_from_hidden(
+        ...     hidden, head.weight, torch.randint(100, (2, 6)), torch.tensor([1.0, 0.0])
+        ... )
+        >>> out.loss.backward()
+        >>> out.metrics.floats()["srpo/rows_skipped"]  # an advantage of 0 learns nothing
+        6.0
     """
     call = checks.Call("role_weighted_grpo_loss_from_hidden", hidden, "hidden", validate_values)
     checks.configs(call, credit, loss)
@@ -209,6 +219,11 @@ def selected_logps_from_hidden(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, KernelUnavailableError.
 
     Source: TRL's chunked log-prob head, which this replaces.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 7, 16), torch.nn.Linear(16, 100, bias=False)
+        >>> selected_logps_from_hidden(hidden, head.weight, torch.randint(100, (2, 6))).shape
+        torch.Size([2, 6])
     """
     call = checks.Call("selected_logps_from_hidden", hidden, "hidden", validate_values)
     checks.temperature(call, temperature)

@@ -88,6 +88,23 @@ def role_weighted_grpo_loss(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, NonFiniteError, KernelUnavailableError.
 
     Source: Jiang & Zou, arXiv 2605.07274; GRPO, arXiv 2402.03300; loss types as TRL's `GRPOTrainer`.
+
+    Example:
+        >>> logits = torch.randn(2, 7, 100, requires_grad=True)  # [B, T + 1, V]
+        >>> ids = torch.randint(100, (2, 6))
+        >>> old_logps = selected_logps(logits.detach(), ids)
+        >>> out = role_weighted_grpo_loss(
+        ...     logits,
+        ...     ids,
+        ...     torch.tensor([1.0, -1.0]),
+        ...     role_ids=torch.tensor([[1, 1, 1, 2, 2, 2]] * 2),
+        ...     old_logps=old_logps,
+        ...     corrupted_logps=old_logps - torch.rand(2, 6),
+        ...     ablated_logps=old_logps - torch.rand(2, 6),
+        ... )
+        >>> out.loss.backward()
+        >>> bool((out.weights.mean(dim=1) - 1).abs().max() < 1e-6)
+        True
     """
     call = checks.Call("role_weighted_grpo_loss", logits, "logits", validate_values)
     checks.configs(call, credit, loss)
@@ -166,6 +183,13 @@ def role_weighted_grpo_loss_from_logps(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, NonFiniteError, KernelUnavailableError.
 
     Source: Jiang & Zou, arXiv 2605.07274; GRPO, arXiv 2402.03300; loss types as TRL's `GRPOTrainer`.
+
+    Example:
+        >>> logps = -torch.rand(2, 6).requires_grad_()
+        >>> out = role_weighted_grpo_loss_from_logps(
+        ...     logps, torch.tensor([1.0, -1.0]), weights=torch.full((2, 6), 1.1), old_logps=logps.detach()
+        ... )
+        >>> out.loss.backward()
     """
     call = checks.Call("role_weighted_grpo_loss_from_logps", logps, "logps", validate_values)
     checks.configs(call, credit, loss)
@@ -236,6 +260,13 @@ def selected_logps(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, KernelUnavailableError.
 
     Source: TRL's `selective_log_softmax`, which this replaces.
+
+    Example:
+        >>> logits, ids = torch.randn(2, 7, 100), torch.randint(100, (2, 6))
+        >>> selected_logps(logits, ids, temperature=0.7).shape
+        torch.Size([2, 6])
+        >>> bool((selected_logps(logits, ids, return_entropy=True).entropy > 0).all())
+        True
     """
     call = checks.Call("selected_logps", logits, "logits", validate_values)
     checks.temperature(call, temperature)

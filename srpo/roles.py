@@ -129,6 +129,17 @@ def role_ids_from_completions(
         ShapeError: `completion_ids` is not [B, T], or the mask has another shape.
         DtypeError: ids that are not integers, or an argument that is not a tensor.
         RoleParseError: mask values other than 0/1, valid ids outside the tokenizer, an unusable tokenizer.
+
+    Example:
+        >>> class Characters:
+        ...     def __len__(self):
+        ...         return 128
+        ...
+        ...     def decode(self, ids, **_):
+        ...         return "".join(map(chr, ids))
+        >>> ids = torch.tensor([[ord(c) for c in "<see>cat</see><think>1</think>"]])
+        >>> role_ids_from_completions(ids, Characters()).role_ids.unique(return_counts=True)
+        (tensor([0, 1, 2], dtype=torch.int8), tensor([26,  3,  1]))
     """
     ids, valid = _checked_arrays(completion_ids, completion_mask)
     table = _piece_table(tokenizer)

@@ -96,6 +96,21 @@ def credit_rollout(
     Gradient: none.
 
     Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError; what `score` raises.
+
+    Example:
+        >>> ids = torch.tensor([[ord(c) for c in "<see>cat</see><think>1</think>"]])
+        >>> class Characters:
+        ...     def __len__(self):
+        ...         return 128
+        ...
+        ...     def decode(self, ids, **_):
+        ...         return "".join(map(chr, ids))
+        >>> def score(role_ids, credit):  # score_streams(..., role_ids=role_ids, credit=credit) in your trainer
+        ...     logps = -torch.rand(role_ids.shape)
+        ...     return srpo.StreamLogps(logps, logps - 1.0, logps - 0.5, logps)
+        >>> credited = credit_rollout(ids, torch.tensor([1.0]), Characters(), score)
+        >>> credited.advantages.shape, credited.metrics["srpo/parse_failures"]
+        (torch.Size([1, 30]), 0.0)
     """
     credit = settings.credit_at(step)
     if not credit.streams:

@@ -45,6 +45,13 @@ def corrupt_images(
     Memory: the corrupted pictures, equal ones once.
 
     Raises: ConfigError, DtypeError, ShapeError.
+
+    Example:
+        >>> from PIL import Image
+        >>> picture = Image.new("RGB", (64, 48), "white")
+        >>> (dark,), none = corrupt_images([[picture], None], srpo.PatchMask(0.6), seed=["how many?", "what?"])
+        >>> dark.size, none, dark.getpixel((0, 0)) in ((0, 0, 0), (255, 255, 255))
+        ((64, 48), None, True)
     """
     function = "corrupt_images"
     if not isinstance(corruption, Corruption):
