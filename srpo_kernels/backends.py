@@ -28,8 +28,8 @@ def row_statistics(
         for s, x in enumerate(streams)
     ]
     dtype = results[0][0].dtype
-    stacked = (torch.stack([r[k].to(dtype) for r in results]) for k in range(3))
-    return *stacked, results[0][3] if return_entropy else results[0][3].new_empty(0)
+    logps, row_max, log_sum = (torch.stack([r[k].to(dtype) for r in results]) for k in range(3))
+    return logps, row_max, log_sum, results[0][3] if return_entropy else results[0][3].new_empty(0)
 
 
 def statistics_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
@@ -45,7 +45,7 @@ def logits_gradient(out: Tensor, *arguments: Any, whole_rows: bool = True, backe
         with launch.device_guard(out.device):
             logits_gradient_bwd(out, *arguments)
     else:
-        row_chunks.logits_gradient(out, *arguments, whole_rows)
+        row_chunks.logits_gradient(out, *arguments, whole_rows=whole_rows)
 
 
 def token_credit(
@@ -63,8 +63,9 @@ def token_credit(
     if cu_seqlens is None:
         return reference.token_credit(*tensors, rule)
     padding = Layout(tuple(mask.shape), cu_seqlens).pad()
-    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), rule)
-    return *(padding.pack(x, mask.shape[0]) for x in per_token), baseline
+    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), rule=rule)
+    contrast, weights, flags = (padding.pack(x, mask.shape[0]) for x in per_token)
+    return contrast, weights, flags, baseline
 
 
 def policy_loss(
@@ -82,5 +83,5 @@ def policy_loss(
     if cu_seqlens is None:
         return reference.policy_loss(*tensors, scale, rule)
     padding = Layout(tuple(logps.shape), cu_seqlens).pad()
-    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale, rule)
+    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale=scale, rule=rule)
     return loss, sums, padding.pack(coefficient, logps.shape[0])

@@ -27,7 +27,7 @@ def unavailable_reason(device_type: str) -> str | None:
     if not isinstance(blocks.k3, triton.JITFunction):
         return None  # Triton's interpreter runs on any tensor
     try:
-        active = driver.active.get_active_torch_device().type
+        active = getattr(driver.active.get_active_torch_device(), "type", None)
     except RuntimeError:
         return "Triton found no GPU driver, and its interpreter is off"
     return None if active == device_type else f"Triton runs on {active!r} tensors here, not on {device_type!r}"

@@ -23,6 +23,12 @@ class Layout:
         """Return the number of trajectories, empty ones included."""
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
+    @property
+    def offsets(self) -> Tensor:
+        """Return the `cu_seqlens` of a packed layout."""
+        assert self.cu_seqlens is not None
+        return self.cu_seqlens
+
     def ends(self) -> Tensor:
         """Return one past the last token of each trajectory, `[R]`, counting tokens from the first trajectory."""
         if self.cu_seqlens is not None:
@@ -31,7 +37,7 @@ class Layout:
 
     def trajectory_of_token(self) -> Tensor:
         """Return the index of the trajectory of each packed token, `[N]`, without a device sync."""
-        tokens = torch.arange(self.shape[0], device=self.cu_seqlens.device)
+        tokens = torch.arange(self.shape[0], device=self.offsets.device)
         return torch.bucketize(tokens, self.ends(), right=True)
 
     def spread(self, per_trajectory: Tensor) -> Tensor:
@@ -51,11 +57,11 @@ class Layout:
 
     def pad(self) -> "Padding":
         """Return the map from packed tokens to padded ones. Needs the longest length: one sync on a GPU."""
-        lengths = self.cu_seqlens.long().diff()
+        lengths = self.offsets.long().diff()
         longest = int(lengths.max()) if lengths.numel() else 0
         steps = torch.arange(longest, device=lengths.device)
         inside = steps < lengths[:, None]
-        return Padding(torch.where(inside, self.cu_seqlens[:-1, None].long() + steps, 0), inside)
+        return Padding(torch.where(inside, self.offsets[:-1, None].long() + steps, 0), inside)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class LossTerms:
             (cells,) = group.chunks
             scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(-1)[cells]
             part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None])
-            result[cells] = backends.policy_loss(*part, scale, None, self.loss, self.backend)[2][:, 0]
+            result[cells] = self._policy_loss(part, scale, None)[:, 0]
             return result
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is not None:
@@ -90,22 +90,39 @@ class LossTerms:
         shape = (-1,) if cu_seqlens is not None else (-1, self.mask.shape[1])
         part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), cu_seqlens)
         scale = self.scale[group.trajectories]
-        _, _, g = backends.policy_loss(*part, scale, cu_seqlens, self.loss, self.backend)
-        result[group.tokens] = g.reshape(-1)
+        result[group.tokens] = self._policy_loss(part, scale, cu_seqlens).reshape(-1)
         return result
 
-    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> list:
+    def _policy_loss(self, part: "_Part", scale: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the coefficients of some tokens."""
+        return backends.policy_loss(*part, scale, cu_seqlens, self.loss, self.backend)[2]
+
+    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> "_Part":
         """Return the tensors of `backends.policy_loss` for some tokens."""
-        logps, old, ref, ratio, advantages, weights, mask, role_ids, corrupted, ablated = (
-            None if x is None else take(x)
-            for x in (
-                logps, self.old_logps, self.ref_logps, self.importance_sampling_ratio, self.advantages, self.weights,
-                self.mask, self.role_ids, self.corrupted, self.ablated,
-            )
-        )  # fmt: skip
+
+        def taken(x: Tensor | None) -> Tensor | None:
+            return None if x is None else take(x)
+
+        logps, mask, advantages = take(logps), take(self.mask), take(self.advantages)
+        old, weights = taken(self.old_logps), taken(self.weights)
         if weights is None:
-            base = logps if old is None else old
+            assert self.role_ids is not None  # terms without weights have roles
             n = len(mask) if cu_seqlens is None else cu_seqlens.numel() - 1
-            streams = (None, base, corrupted, ablated, role_ids, mask, advantages)
-            _, weights, _, _ = backends.token_credit(*streams, cu_seqlens, n, self.credit, self.backend)
-        return [logps, old, ref, ratio, advantages, weights, mask]
+            _, weights, _, _ = backends.token_credit(
+                None, logps if old is None else old, taken(self.corrupted), taken(self.ablated), take(self.role_ids),
+                mask, advantages, cu_seqlens, n, self.credit, self.backend,
+            )  # fmt: skip
+        ref, ratio = taken(self.ref_logps), taken(self.importance_sampling_ratio)
+        return _Part(logps, old, ref, ratio, advantages, weights, mask)
+
+
+class _Part(NamedTuple):
+    """The per-token tensors of `backends.policy_loss`, in its order."""
+
+    logps: Tensor
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    importance_sampling_ratio: Tensor | None
+    advantages: Tensor
+    weights: Tensor
+    mask: Tensor

@@ -85,7 +85,7 @@ def logits_gradient(
         log_probs = torch.sub(logits, row_max[:, None], out=workspace[0]).mul_(1.0 / temperature).sub_(log_sum[:, None])
         grad = torch.exp(log_probs, out=workspace[1])
         slope = upstream
-        if grad_entropy is not None:
+        if grad_entropy is not None and entropy is not None:
             slope = log_probs.clamp_(min=-1e6).add_(entropy[:, None]).mul_(grad_entropy[:, None] / temperature)
             slope.add_(upstream)
         grad.mul_(slope).neg_()
@@ -123,10 +123,13 @@ def token_credit(
     """
     perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
     if contrast is None:
-        one_pass = rule.reasoning_signal == "image_independence"
-        raw = base - (corrupted if one_pass else torch.where(perception, corrupted, ablated))
-        if one_pass:
-            raw = torch.where(reasoning, -raw, raw)
+        assert base is not None
+        assert corrupted is not None
+        if rule.reasoning_signal == "image_independence":
+            raw = torch.where(reasoning, corrupted - base, base - corrupted)
+        else:
+            assert ablated is not None
+            raw = base - torch.where(perception, corrupted, ablated)
     else:
         raw = contrast.where(~contrast.isinf(), contrast.sign() * rule.contrast_clamp)
     no_value = (perception | reasoning) & raw.isnan()
@@ -144,6 +147,7 @@ def token_credit(
         shift = torch.where(perception, _masked_mean(c, perception), _masked_mean(c, reasoning))
     u = (c - shift) / rule.tau
     if rule.direction == "advantage":
+        assert advantages is not None
         u = u * advantages.sign()
     if rule.normalize == "solve":
         u = u - _solve_shift(u, credited, rule.weight_min, rule.weight_max)
@@ -248,6 +252,7 @@ def policy_loss(
         policy, slope = policy * correction, slope * correction
     kl = zero
     if rule.beta != 0.0:
+        assert ref_logps is not None
         log_ref_ratio, ref_slope = _difference(torch.where(mask, ref_logps, zero), logps)
         kl = k3(-log_ref_ratio.clamp(max=RATIO_LOG_MAX))
         kl_slope = torch.where(log_ref_ratio <= RATIO_LOG_MAX, -torch.expm1(log_ref_ratio) * ref_slope, zero)

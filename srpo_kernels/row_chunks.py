@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,10 @@ def row_statistics(
         reference.row_sums(x, ids[chunk.place], temperature, return_entropy, tuple(workspace), out)
 
     _for_each_chunk(work, rows, logits)
-    statistics = reference.finish_statistics(*sums[:4], sums[4] if return_entropy else None)
-    return tuple(rows.spread(sums[4] if x is None else x) for x in statistics)
+    row_max, target, total, largest, weighted = sums.unbind()
+    statistics = reference.finish_statistics(row_max, target, total, largest, weighted if return_entropy else None)
+    logps, row_max, log_sum, entropy = (rows.spread(weighted if x is None else x) for x in statistics)
+    return logps, row_max, log_sum, entropy
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -86,10 +88,10 @@ def logits_gradient(
     """
     needed = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     rows, idle = _Rows(needed), _Rows(~needed)
-    ids, *vectors = (
-        None if x is None else rows.take(x)
-        for x in (torch.where(needed, ids, 0), row_max, log_sum, entropy, grad_logps, grad_entropy)
-    )
+    ids = rows.take(torch.where(needed, ids, 0))
+    vectors: list[Any] = [
+        None if x is None else rows.take(x) for x in (row_max, log_sum, entropy, grad_logps, grad_entropy)
+    ]
     writes_directly = out.dtype == compute_dtype(out.dtype)
 
     def work(chunk: _Chunk, buffers: Tensor) -> None:
@@ -97,7 +99,9 @@ def logits_gradient(
         direct = writes_directly and isinstance(chunk.rows, slice)
         of_chunk = (None if v is None else v[chunk.place] for v in vectors)
         workspace = (z, out[chunk.b, chunk.rows] if direct else probs)
-        grad = reference.logits_gradient(x, ids[chunk.place], *of_chunk, temperature, whole_rows, workspace)
+        grad = reference.logits_gradient(
+            x, ids[chunk.place], *of_chunk, temperature=temperature, whole_rows=whole_rows, workspace=workspace
+        )
         if not direct:
             out[chunk.b, chunk.rows] = grad.to(out.dtype)
 
