@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,21 @@ def is_sharded(model: Any) -> bool:
     return wrapped or any(type(x).__name__ == "DTensor" or hasattr(x, "ds_status") for x in model.parameters())
 
 
-def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, bool]:
+class HeadStates(NamedTuple):
+    """What a forward gave the head.
+
+    Args:
+        states: `[B, keep, H]`, or the logits of all columns where the head was not called once.
+        is_bare: whether the head alone makes the logits of the states.
+        cache: `past_key_values` of the forward; None unless it was asked to keep them.
+    """
+
+    states: Tensor
+    is_bare: bool
+    cache: Any
+
+
+def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: bool = False) -> HeadStates:
     """Return the last `keep` states that the head is called on, and whether the head alone makes the logits of them.
 
     The head itself is given one row. Where its weight and bias reproduce that row's logits to rounding, and the config
@@ -167,18 +181,19 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int) -> tuple[Tensor, 
 
     handle = head.register_forward_pre_hook(narrow)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        out = model(**inputs, use_cache=use_cache)
     finally:
         handle.remove()
+    logits, cache = out.logits, getattr(out, "past_key_values", None)
     if len(caught) != 1:
-        return logits, False
+        return HeadStates(logits, False, cache)
     weight, states = head.weight, caught[0]
     plain = weight.is_floating_point() and weight.shape == (logits.shape[-1], states.shape[-1])
     if not plain or _changes_logits(model):
-        return states, False
+        return HeadStates(states, False, cache)
     row = nn.functional.linear(states[:, -1:], weight, getattr(head, "bias", None)).float()
     allowed = 8 * torch.finfo(weight.dtype).eps * row.abs().amax().clamp(min=1e-6)
-    return states, bool((row - logits.float()).abs().amax() <= allowed)
+    return HeadStates(states, bool((row - logits.float()).abs().amax() <= allowed), cache)
 
 
 def _changes_logits(model: Any) -> bool:

@@ -37,6 +37,8 @@ from srpo.vision.access import (
 from srpo.vision.contexts import check_corrupted, corrupted_context
 from srpo.vision.corruption import PatchMask, PixelLayout
 from srpo.vision.inputs import ModelInputs, check_inputs, row_cuts
+from srpo.vision.prefix import PROOFS, Groups, agree, groups_of, with_positions
+from srpo.vision.shared import SharedRoad, first_alike, shared_groups
 
 
 class StreamLogps(NamedTuple):
@@ -76,6 +78,7 @@ def score_streams(
     streams: Sequence[str] | None = None,
     temperature: float = 1.0,
     batch_size: int | None = None,
+    cache_bytes: int = 1 << 30,
     ablation: str | None = None,
     method: str | None = None,
     pixel_layout: PixelLayout | None = None,
@@ -103,6 +106,7 @@ def score_streams(
         streams: which of `"clean"` and the streams that the credit reads; None: all. The clean one is always scored.
         temperature: sampling temperature.
         batch_size: sequences per forward; None: all. The result does not depend on it beyond rounding.
+        cache_bytes: what the caches of repeated prompts may take; sequences continue in parts that fit.
         ablation: how perception is hidden. None or `"delete"` cuts the tokens out and keeps the positions of the
             others; `"mask"` zeroes their attention mask, which is the same but for models whose state or window a mask
             does not reach (linear attention, SSM, short sliding windows): those refuse it.
@@ -118,6 +122,11 @@ def score_streams(
 
     Returns: StreamLogps.
 
+    Sequences with the same prompt and the same pictures share one computation of them a context, and their completions
+    continue from its cache, where a first comparison with a plain forward finds no difference beyond rounding (both
+    sides of a contrast always go the same way); equal rollouts are scored once. Sharded models, models with states or
+    caches of other kinds, and prompts that occur once are scored as whole sequences.
+
     A token after hidden ones is scored by the last visible state before it. The corrupted forward stops at the last
     perception token of the batch; clean and ablated share the output of the vision tower where the model allows it;
     the head is run on the rows of the role alone. Where the head alone does not make the logits (caps, scales,
@@ -126,7 +135,8 @@ def score_streams(
 
     Gradient: none.
 
-    Memory: a forward without cache of `batch_size` sequences, and what `selected_logps_from_hidden` takes.
+    Memory: a forward without cache of `batch_size` sequences, or their prompts' caches within `cache_bytes`, and what
+        `selected_logps_from_hidden` takes. Nothing of it outlives the call.
 
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError.
 
@@ -173,8 +183,11 @@ def score_streams(
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
     scorer = _Scorer(model, temperature, ablation or "delete", streams, reader)
-    parts = []
     with evaluating(model):
+        shared = scorer.shared(whole, corrupted, roles, other, batch_size or max(B, 1), cache_bytes)
+        if shared is not None:
+            return StreamLogps(*shared)  # pyright: ignore[reportArgumentType]
+        parts = []
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
             bad = None if corrupted is None else corrupted.rows(rows, cuts)
@@ -224,6 +237,101 @@ class _Scorer:
             results[2] = _cells(logps, reasoned, reasons, scored)
         return results
 
+    def shared(
+        self,
+        whole: ModelInputs,
+        corrupted: ModelInputs | None,
+        roles: Tensor,
+        other: tuple[Tensor, Tensor] | None,
+        batch_size: int,
+        cache_bytes: int,
+    ) -> list[Tensor | None] | None:
+        """Score the streams of all sequences with their prompts computed once; None where they cannot be."""
+        proven, T = PROOFS.known(self.model), roles.shape[1]
+        if self.in_step or proven is False:
+            return None
+        try:
+            cuts = row_cuts(checks.Call("score_streams", whole.input_ids, "input_ids"), whole)
+        except ShapeError:
+            return None  # nothing tells what belongs to a sequence
+        groups = shared_groups(whole, T, cuts)
+        if groups is None:
+            return None
+        try:
+            found = self._on_shared_road(whole, corrupted, roles, other, cuts, groups, batch_size, cache_bytes)
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+            if proven or isinstance(error, torch.OutOfMemoryError):
+                raise
+            PROOFS.keep(self.model, False, repr(error))
+            return None
+        if found is None:
+            PROOFS.keep(self.model, False, "positions, head or cache")
+        elif proven is None and not self._proves(whole, found[0], cuts):
+            return None
+        return found
+
+    def _proves(self, whole: ModelInputs, logps: Tensor | None, cuts: Any) -> bool:
+        """Compare the first sequence with a plain forward, and remember."""
+        assert logps is not None
+        T = logps.shape[1]
+        i = int((whole.attention_mask[:, -T:] != 0).sum(dim=1).argmax())
+        row, start = whole.rows(slice(i, i + 1), cuts), whole.input_ids.shape[1] - T
+        valid = row.attention_mask[:, start:] != 0
+        before = torch.arange(start - 1, start + T - 1, device=valid.device)[None]
+        own = self.score(row, before, row.input_ids[:, start:], valid)
+        dtype = head_of(self.model).weight.dtype
+        return PROOFS.keep(self.model, agree(own, logps[i : i + 1], valid, dtype), "compared with a plain forward")
+
+    def _on_shared_road(
+        self,
+        whole: ModelInputs,
+        corrupted: ModelInputs | None,
+        roles: Tensor,
+        other: tuple[Tensor, Tensor] | None,
+        cuts: Any,
+        groups: Groups,
+        batch_size: int,
+        cache_bytes: int,
+    ) -> list[Tensor | None] | None:
+        placed, T = with_positions(self.model, whole), roles.shape[1]
+        if placed is None:
+            return None
+        road = SharedRoad(self.model, placed, T, self.temperature, batch_size, cache_bytes)
+        valid, ids = placed.attention_mask[:, -T:] != 0, placed.input_ids[:, -T:]
+        seen = valid & (roles == Role.PERCEPTION)
+        visual, reasoned = (self.reader.rows(name, roles, valid) for name in STREAMS)
+        dark, dark_groups = None, groups
+        if "corrupted" in self.wanted and corrupted is not None:
+            dark = replace(corrupted, position_ids=placed.position_ids)
+            dark_groups = groups_of(dark, road.P, cuts)
+        # equal rollouts are scored once
+        once = first_alike(groups.of_row, dark_groups.of_row, ids * valid, valid, roles * valid, *(other or ()))
+        is_first = (once == torch.arange(len(once), device=once.device))[:, None]
+        prefix = road.prefix(placed, cuts, groups)
+        if prefix is None:
+            return None
+        logps, entropy = road.score(prefix, road.as_it_is(placed, valid & is_first), return_entropy=True)
+        results: list[Tensor | None] = [logps[once], None, None, entropy[once]]
+        if "ablated" in self.wanted:
+            reasons = reasoned & seen.any(dim=1, keepdim=True)
+            what = road.without(seen, reasons & is_first)
+            if other is not None:
+                what = road.with_other(seen, reasons & is_first, other)
+            if what is None:
+                return None
+            results[2] = _cells(logps, reasoned, reasons, road.score(prefix, what)[0][once])
+        del prefix
+        if "corrupted" in self.wanted:
+            found = torch.zeros_like(visual) if dark is None else visual & dark.with_picture()[:, None]
+            scored = logps
+            if dark is not None and found.any():
+                prefix = road.prefix(dark, cuts, dark_groups)
+                if prefix is None:
+                    return None
+                scored = road.score(prefix, road.as_it_is(dark, found & is_first))[0][once]
+            results[1] = _cells(logps, visual, found, scored)
+        return results
+
     def _without_image(
         self, inputs: ModelInputs, corrupted: ModelInputs | None, rows: Tensor, before: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -270,7 +378,7 @@ class _Scorer:
         index = (source - (S - keep))[..., None]
         options |= {"temperature": self.temperature, "mask": mask}
         if self.head_is_bare is not False:
-            states, self.head_is_bare = head_states(self.model, inputs.kwargs(), keep)
+            states, self.head_is_bare, _ = head_states(self.model, inputs.kwargs(), keep)
             if self.head_is_bare:
                 head = head_of(self.model)
                 bias = getattr(head, "bias", None)
