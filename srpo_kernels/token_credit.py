@@ -165,7 +165,7 @@ def _token_credit_fwd_kernel(
         tokens = first + tl.arange(0, BLOCK_T)
         flags = tl.load(flags_ptr + tokens, mask=tokens < end, other=0)
         role = flags & 3
-        missing = tl.where(role == 1, valued_p, tl.where(role == 2, valued_r, 1.0)) == 0.0
+        missing = tl.where(role == 1, n_p, tl.where(role == 2, n_r, 1.0)) == 0.0
         role = tl.where(missing, 0, role)
         tl.store(contrast_ptr + tokens, float("nan"), mask=missing)
         tl.store(flags_ptr + tokens, (flags & NO_VALUE).to(tl.uint8), mask=missing)

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from processes import HANG
 from tiny_grpo import Rollouts, column, make_trainer
 
 from srpo.integrations.trl import SRPOTrainer
@@ -25,7 +26,7 @@ def main() -> None:
     """Run and save from the first rank."""
     file, family, truncated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     warnings.simplefilter("ignore")
-    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for ever says where
+    faulthandler.dump_traceback_later(HANG, exit=True)  # a rank that waits for ever says where
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"ddp_backend": "gloo"} if world > 1 else {}
@@ -44,6 +45,7 @@ def main() -> None:
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
