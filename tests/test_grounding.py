@@ -92,7 +92,7 @@ class TestModel:
         problems = task.draw(16, seeded(), held_out=True, p_hint=0.0)
         with mock.patch.object(torch, "multinomial", lambda chances, *_, **__: chances.argmax(-1, keepdim=True)):
             ids, mask = model.sample(problems, seeded())
-        states = model(problems.pixels, torch.cat([problems.prompt_ids, ids], 1))
+        states = model.states(problems.pixels, torch.cat([problems.prompt_ids, ids], 1))
         greedy = model.head(states[:, models.PREFIX - 1 : -1]).argmax(-1)
         assert torch.equal(greedy[mask], ids[mask])
 
@@ -104,17 +104,20 @@ class TestModel:
         other = ids.clone()
         other[0, 4] = task.ID["here"]
         base, moved, said = (
-            model(problems.pixels, ids),
-            model(problems.pixels + last, ids),
-            model(problems.pixels, other),
+            model.states(problems.pixels, ids),
+            model.states(problems.pixels + last, ids),
+            model.states(problems.pixels, other),
         )
         changed = models.PATCHES + 4
         assert not torch.allclose(base[:, 0], moved[:, 0])
         assert torch.equal(base[:, :changed], said[:, :changed])
         assert not torch.allclose(base[:, -1], said[:, -1])
-        hidden = torch.zeros_like(ids, dtype=torch.bool)
-        hidden[0, 4] = True
-        base, said = model(problems.pixels, ids, hidden), model(problems.pixels, other, hidden)
+        image = torch.full((1, models.PATCHES), model.config.image_token_id)
+        mask = torch.ones(1, models.PATCHES + ids.shape[1])
+        whole = model(torch.cat([image, ids], 1), mask, pixel_values=problems.pixels).logits
+        torch.testing.assert_close(whole, model.head(base))
+        mask[0, changed] = 0
+        base, said = (model(torch.cat([image, x], 1), mask, pixel_values=problems.pixels).logits for x in (ids, other))
         assert torch.equal(base[:, changed + 1 :], said[:, changed + 1 :])
 
     def test_a_warm_start_is_kept_by_content(self, tmp_path):
@@ -134,9 +137,36 @@ class TestSignals:
         current = rollouts.policy_logps(model, sampled)
         torch.testing.assert_close(current.detach(), signals["logps"])
         first = sampled.reading.role_ids == Role.PERCEPTION
-        before = first.cumsum(1) == 0  # the ablation cannot reach what comes before the perception
-        torch.testing.assert_close(signals["ablated_logps"][before], signals["logps"][before])
         assert (signals["corrupted_logps"] - signals["logps"])[first].abs().max() > 0.1
+
+    def test_streams_are_those_of_forwards_of_the_model(self, model, batch):
+        """The corrupted pictures of the same draws, and sequences without the perception, at unchanged positions."""
+        sampled, signals = batch
+        pixels = rollouts.CORRUPTION.on_inputs(
+            {"pixel_values": sampled.problems.pixels}, models.LAYOUT, generator=seeded()
+        )["pixel_values"]
+        dark = sampled._replace(problems=sampled.problems._replace(pixels=pixels))
+        expected = rollouts.policy_logps(model, dark).detach()
+        mask = sampled.mask
+        torch.testing.assert_close(signals["corrupted_logps"][mask], expected[mask], rtol=0, atol=1e-5)
+        roles = sampled.reading.role_ids
+        compared = 0
+        for i in range(12):
+            text = torch.cat([sampled.problems.prompt_ids[i], sampled.ids[i]])
+            image = torch.full((models.PATCHES,), model.config.image_token_id)
+            ids = torch.cat([image, text])
+            kept = torch.cat([torch.ones(models.PREFIX, dtype=torch.bool), mask[i] & (roles[i] != Role.PERCEPTION)])
+            columns = kept.nonzero()[:, 0]
+            logits = model(
+                ids[kept][None], torch.ones(1, len(columns)), columns[None], sampled.problems.pixels[i : i + 1]
+            ).logits[0]
+            said = columns[models.PREFIX :]
+            logps = logits.log_softmax(-1)[models.PREFIX - 1 : -1].gather(-1, ids[said][:, None])[:, 0]
+            own = torch.full((len(ids),), torch.nan).index_copy(0, said, logps.detach())[models.PREFIX :]
+            where = mask[i] & (roles[i] == Role.REASONING) & (roles[i] == Role.PERCEPTION).any()
+            torch.testing.assert_close(signals["ablated_logps"][i][where], own[where], rtol=0, atol=1e-5)
+            compared += int(where.sum())
+        assert compared > 20
 
     def test_only_what_is_needed_is_scored(self, model, batch):
         assert "corrupted_logps" not in rollouts.score(model, batch[0], seeded(), METHODS["grpo"].needs)

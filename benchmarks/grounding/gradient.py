@@ -99,9 +99,10 @@ def all_weights(rollouts: Rollouts, signals: dict[str, Any]) -> dict[str, Tensor
 
 
 def contrast(preset: str, signals: dict[str, Any]) -> Tensor:
-    """Return the contrasts that a preset reads."""
+    """Return the contrasts that a preset reads; 0 where a response has nothing to be contrasted with."""
     names = ("corrupted_logps", "ablated_logps", "role_ids", "completion_mask")
-    return role_contrast(signals["logps"], **{name: signals[name] for name in names}, credit=PRESETS[preset])
+    found = role_contrast(signals["logps"], **{name: signals[name] for name in names}, credit=PRESETS[preset])
+    return found.nan_to_num(0.0)
 
 
 def blame(rollouts: Rollouts, signals: dict[str, Any]) -> Tensor:

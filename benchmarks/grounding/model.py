@@ -8,8 +8,10 @@ import sys
 import tempfile
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutput
 
 from grounding import task
 from srpo import PixelLayout
@@ -44,11 +46,20 @@ class Block(nn.Module):
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
 
-class PrefixVLM(nn.Module):
-    """Image tokens, which see each other, then text, which sees what is before it."""
+class PrefixVLMConfig(transformers.PreTrainedConfig):
+    """Name the model, and the id that stands for a part of a picture: none of a word."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    model_type = "prefix_vlm"
+    image_token_id = len(task.WORDS)
+
+
+class PrefixVLM(transformers.PreTrainedModel):
+    """Image tokens, which see each other, then text, which sees what is before it: a causal model of transformers."""
+
+    config_class = PrefixVLMConfig
+
+    def __init__(self, config: PrefixVLMConfig | None = None) -> None:
+        super().__init__(PrefixVLMConfig() if config is None else config)
         self.patch = nn.Linear(PATCH**2, WIDTH)
         self.words = nn.Embedding(len(task.WORDS), WIDTH)
         self.positions = nn.Parameter(torch.empty(PREFIX + task.LENGTH, WIDTH))
@@ -57,20 +68,49 @@ class PrefixVLM(nn.Module):
         for table in (self.words.weight, self.positions):
             nn.init.normal_(table, std=0.3)
 
-    def forward(self, pixels: Tensor, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Return the last states `[B, PATCHES + text, H]` that the head is called on.
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
+        return self.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> CausalLMOutput:
+        """Return the logits `[B, S, words]`.
+
+        Args:
+            input_ids: `[B, S]`, a picture as PATCHES image tokens.
+            attention_mask: `[B, S]` 0/1.
+            position_ids: `[B, S]`; None counts columns.
+            pixel_values: `[B, 1, 8, 16]`.
+            use_cache: nothing is kept.
+        """
+        image = input_ids == self.config.image_token_id
+        x = self.words(input_ids.masked_fill(image, 0))
+        if pixel_values is not None:
+            x = x.masked_scatter(image[..., None], self.see(pixel_values))
+        S = input_ids.shape[1]
+        x = x + (self.positions[:S] if position_ids is None else self.positions[position_ids])
+        columns = torch.arange(S)
+        allowed = (columns <= columns[:, None]) | (image[:, None, :] & image[:, :, None])
+        allowed = (allowed & (attention_mask != 0)[:, None, :]) | torch.eye(S, dtype=torch.bool)
+        for block in self.blocks:
+            x = block(x, allowed[:, None])
+        return CausalLMOutput(logits=self.head(self.norm(x)))
+
+    def states(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Return the last states `[B, PATCHES + text, H]` that the head is called on, of whole sequences.
 
         Args:
             pixels: `[B, 1, 8, 16]`.
             ids: `[B, text]`, prompt and completion.
-            hidden: `[B, text]` bool, tokens that no other token sees; every position stays.
         """
         x = torch.cat([self.see(pixels), self.words(ids)], 1)
-        S = x.shape[1]
-        allowed = _allowed(PATCHES, S)
-        if hidden is not None:
-            allowed = allowed & ~(functional.pad(hidden, (PATCHES, 0))[:, None, None] & ~torch.eye(S, dtype=torch.bool))
-        return self.run(x, 0, allowed)
+        return self.run(x, 0, _allowed(PATCHES, x.shape[1]))
 
     def run(self, x: Tensor, first: int, allowed: Tensor) -> Tensor:
         """Run embedded tokens `[B, S, H]` whose positions start at `first`."""
@@ -138,7 +178,7 @@ def warm_start(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> Prefi
 
 def _imitation_loss(model: PrefixVLM, problems: task.Problems, ids: Tensor) -> Tensor:
     """Return the cross entropy of completions; the result of a computation counts three times."""
-    states = model(problems.pixels, torch.cat([problems.prompt_ids, ids], 1)[:, :-1])
+    states = model.states(problems.pixels, torch.cat([problems.prompt_ids, ids], 1)[:, :-1])
     logits = model.head(states[:, PREFIX - 1 :])
     losses = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
     weights = (ids != task.PAD) + 2.0 * functional.pad(ids == task.ID["="], (1, 0))[:, :-1]

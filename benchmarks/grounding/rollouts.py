@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from grounding import task
 from grounding.model import LAYOUT, PATCHES, PREFIX, PrefixVLM
@@ -13,8 +12,10 @@ from srpo import (
     METHODS,
     PatchMask,
     Role,
+    StreamLogps,
     group_advantages,
     role_weighted_grpo_loss_from_logps,
+    score_streams,
     selected_logps_from_hidden,
     visual_similarity,
 )
@@ -76,7 +77,7 @@ def roll_out(model: PrefixVLM, problems: task.Problems, rollouts: int, generator
 
 def policy_logps(model: PrefixVLM, rollouts: Rollouts) -> Tensor:
     """Return the log-probs `[N, T]` of the completions, with their graph."""
-    return _scored(model, _states(model, rollouts, rollouts.problems.prompt_ids), rollouts)
+    return _logps(model, rollouts, rollouts.problems)
 
 
 @torch.no_grad()
@@ -85,28 +86,27 @@ def score(
 ) -> dict[str, Any]:
     """Return the signals that a method needs; the default is all that any method of the library reads."""
     problems, reading = rollouts.problems, rollouts.reading
-    states = _states(model, rollouts, problems.prompt_ids)
-    logps, entropy = _scored(model, states, rollouts, return_entropy=True)
+    # the corrupted stream on all tokens, since some methods read it there; one forward less where nobody reads it
+    first = "vppo" if "corrupted_logps" in needs else "grpo"
+    streams = _streams(model, rollouts, credit=first, generator=generator)
     signals = {
-        "logps": logps,
+        "logps": streams.logps,
         "completion_mask": rollouts.mask,
         "role_ids": reading.role_ids,
         "advantages": rollouts.advantages,
-        "entropy": entropy,
+        "entropy": streams.entropy,
         "group_ids": rollouts.group_ids,
         "step": 0,
     }
     if "corrupted_logps" in needs:
-        pixels = CORRUPTION.on_inputs({"pixel_values": problems.pixels}, LAYOUT, generator=generator)["pixel_values"]
-        corrupted = rollouts._replace(problems=problems._replace(pixels=pixels))
-        signals["corrupted_logps"] = _scored(model, _states(model, corrupted, problems.prompt_ids), rollouts)
+        signals["corrupted_logps"] = streams.corrupted_logps
     if "ablated_logps" in needs:
-        hidden = reading.role_ids == Role.PERCEPTION
-        signals["ablated_logps"] = _scored(model, _states(model, rollouts, problems.prompt_ids, hidden), rollouts)
+        ablated = _streams(model, rollouts, credit="srpo", streams=("clean", "ablated"))
+        signals["ablated_logps"] = ablated.ablated_logps
     if "teacher_logps" in needs:  # the teacher is the policy with the right answer as its hint
-        told = problems._replace(hint=problems.answer).prompt_ids
-        signals["teacher_logps"] = _scored(model, _states(model, rollouts, told), rollouts)
+        signals["teacher_logps"] = _logps(model, rollouts, problems._replace(hint=problems.answer))
     if "similarity" in needs:
+        states = model.states(problems.pixels, torch.cat([problems.prompt_ids, rollouts.ids], 1))
         image_tokens = (torch.arange(states.shape[1]) < PATCHES).expand(len(states), -1)
         signals["similarity"] = visual_similarity(states, image_tokens, rollouts.ids.shape[1])
     return signals
@@ -120,11 +120,18 @@ def loss(name: str, logps: Tensor, weights: Tensor, signals: dict[str, Any]) -> 
     return out.loss + METHODS[name].loss_term(logps, **signals)
 
 
-def _states(model: PrefixVLM, rollouts: Rollouts, prompt_ids: Tensor, hidden: Tensor | None = None) -> Tensor:
-    gone = None if hidden is None else functional.pad(hidden, (prompt_ids.shape[1], 0))
-    return model(rollouts.problems.pixels, torch.cat([prompt_ids, rollouts.ids], 1), gone)
+def _streams(model: PrefixVLM, rollouts: Rollouts, **options: Any) -> StreamLogps:
+    """Score a batch as any user of the library does."""
+    problems, ids = rollouts.problems, rollouts.ids
+    image = torch.full((len(ids), PATCHES), model.config.image_token_id)
+    prompt = torch.cat([image, problems.prompt_ids], 1)
+    return score_streams(
+        model, torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt), rollouts.mask.long()], 1), ids.shape[1],
+        role_ids=rollouts.reading.role_ids, corruption=CORRUPTION, pixel_layout=LAYOUT, pixel_values=problems.pixels,
+        **options,
+    )  # fmt: skip
 
 
-def _scored(model: PrefixVLM, states: Tensor, rollouts: Rollouts, **options: Any) -> Any:
-    before = states[:, PREFIX - 1 : -1]
-    return selected_logps_from_hidden(before, model.head.weight, rollouts.ids, mask=rollouts.mask, **options)
+def _logps(model: PrefixVLM, rollouts: Rollouts, problems: task.Problems) -> Tensor:
+    states = model.states(problems.pixels, torch.cat([problems.prompt_ids, rollouts.ids], 1))
+    return selected_logps_from_hidden(states[:, PREFIX - 1 : -1], model.head.weight, rollouts.ids, mask=rollouts.mask)
