@@ -21,7 +21,21 @@ def save(path: pathlib.Path, part: str, found: dict[str, Any]) -> None:
     """Write a part of what was measured; the other stays as it was."""
     known = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, part: found}, indent=1) + "\n")
+    path.write_text(_lines({**known, part: found}) + "\n")
+
+
+def _lines(x: Any, indent: str = "") -> str:
+    """Return JSON with a line for each row of a table, and for each setting."""
+    rows = isinstance(x, list) and bool(x) and isinstance(x[0], dict)
+    if not rows and not (isinstance(x, dict) and any(isinstance(value, dict | list) for value in x.values())):
+        return json.dumps(x)
+    inner = indent + " "
+    if rows:
+        parts = [json.dumps(row) for row in x]
+    else:
+        parts = [f"{json.dumps(name)}: {_lines(value, inner)}" for name, value in x.items()]
+    opened, closed = "[]" if rows else "{}"
+    return f"{opened}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closed}"
 
 
 def about(found: dict[str, Any]) -> str:
