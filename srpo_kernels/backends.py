@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import launch, reference, row_chunks
-from srpo_kernels.layout import Layout
+from srpo_kernels.layout import Layout, Padding
 from srpo_kernels.rules import CreditRule, LossRule
 
 
@@ -63,7 +63,7 @@ def token_credit(
     if cu_seqlens is None:
         return reference.token_credit(*tensors, rule)
     padding = Layout(tuple(mask.shape), cu_seqlens).pad()
-    *per_token, baseline = reference.token_credit(*(padding.pad(x) for x in tensors), rule=rule)
+    *per_token, baseline = reference.token_credit(*_padded(padding, tensors), rule=rule)
     contrast, weights, flags = (padding.pack(x, mask.shape[0]) for x in per_token)
     return contrast, weights, flags, baseline
 
@@ -83,5 +83,9 @@ def policy_loss(
     if cu_seqlens is None:
         return reference.policy_loss(*tensors, scale, rule)
     padding = Layout(tuple(logps.shape), cu_seqlens).pad()
-    loss, sums, coefficient = reference.policy_loss(*(padding.pad(x) for x in tensors), scale=scale, rule=rule)
+    loss, sums, coefficient = reference.policy_loss(*_padded(padding, tensors), scale=scale, rule=rule)
     return loss, sums, padding.pack(coefficient, logps.shape[0])
+
+
+def _padded(padding: Padding, tensors: tuple[Any, ...]) -> list[Any]:
+    return [padding.pad(x) for x in tensors]

@@ -84,9 +84,8 @@ def _linear_head_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
-    return tuple(
-        linear_head.gradient(head, hidden, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, tuple(wants))
-    )
+    d = linear_head.gradient(head, hidden, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, tuple(wants))
+    return d.hidden, d.weight, d.bias
 
 
 @_linear_head_gradient.register_fake
@@ -130,14 +129,14 @@ def _linear_head_training(
     loss_rule: str,
     credit_rule: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
     terms = LossTerms(
         old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale,
         role_ids, corrupted, ablated, cu_seqlens, rules.loss_rule(loss_rule), rules.credit_rule(credit_rule), backend,
     )  # fmt: skip
-    logps, entropy, gradients = linear_head.train(head, hidden, ids, row_mask, terms, tuple(wants))
-    return logps.new_zeros(()), logps, entropy, *gradients
+    logps, entropy, d, unit = linear_head.train(head, hidden, ids, row_mask, terms, tuple(wants))
+    return logps.new_zeros(()), logps, entropy, d.hidden, d.weight, d.bias, unit
 
 
 @_linear_head_training.register_fake
@@ -145,7 +144,8 @@ def _(hidden, weight, bias, ids, row_mask, *arguments):
     wants, backend = arguments[12], arguments[-1]
     dtype = backends.statistics_dtype(hidden.dtype, backend)
     vectors = (ids.new_empty(shape, dtype=dtype) for shape in ((), ids.shape, ids.shape))
-    return *vectors, *_fake_gradients(hidden, weight, bias, wants)
+    unit = ids.new_empty((), dtype=torch.float32)
+    return *vectors, *_fake_gradients(hidden, weight, bias, wants), unit
 
 
 def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -156,20 +156,29 @@ def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
-    gradients = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "role_weighted_grpo_loss_from_hidden(): create_graph got True, expected False: gradients are formed in "
+            "forward and are not differentiable; take role_weighted_grpo_loss_from_logps of selected log-probs."
+        )
+    *saved, unit = ctx.saved_tensors
+    gradients = [x if wanted else None for x, wanted in zip(saved, ctx.wants, strict=True)]
     if grad_anchor is None:
         gradients = [None] * 3
-    elif _saved_tensors_are_needed_again():
-        gradients = [None if x is None else x * grad_anchor for x in gradients]
-    else:  # a head's gradient is large: scale it where it is
-        gradients = [None if x is None else x.mul_(grad_anchor) for x in gradients]
+    else:
+        factor = grad_anchor / unit
+        if _saved_tensors_are_needed_again():
+            gradients = [None if x is None else x * factor for x in gradients]
+        else:  # a head's gradient is large: scale it where it is
+            gradients = [None if x is None else x.mul_(factor) for x in gradients]
     return *gradients, *[None] * (ctx.n_inputs - 3)
 
 
 def _saved_tensors_are_needed_again() -> bool:
     if torch.compiler.is_compiling():
         return True
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    keeps_graph = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is None or keeps_graph()
 
 

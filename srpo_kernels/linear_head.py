@@ -17,7 +17,7 @@ with the number of rows but vectors.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -96,8 +96,8 @@ def score(
         statistics = engine.statistics(engine.logits(cells), cells, return_entropy)
         for result, values in zip(results, statistics, strict=False):
             result[cells] = values
-    shaped = [x.view(ids.shape) for x in results]
-    return *shaped[:3], shaped[3] if return_entropy else results[0].new_empty(0)
+    logps, row_max, log_sum, *entropy = (x.view(ids.shape) for x in results)
+    return logps, row_max, log_sum, entropy[0] if return_entropy else logps.new_empty(0)
 
 
 def gradient(
@@ -114,36 +114,38 @@ def gradient(
     """Return the wanted gradients under upstream gradients `[B, T]`; rows where those are 0 are not multiplied."""
     engine = _Engine(head, hidden, ids, wants)
     needed = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
-    vectors = [None if x is None else x.reshape(-1) for x in (row_max, log_sum, entropy, grad_logps, grad_entropy)]
+    given = (row_max, log_sum, entropy, grad_logps, grad_entropy)
+    vectors: list[Any] = [None if x is None else x.reshape(-1) for x in given]
     for cells in engine.chunks(needed):
-        engine.accumulate(cells, engine.logits(cells), *(None if x is None else x[cells] for x in vectors))
+        of_cells: list[Any] = [None if x is None else x[cells] for x in vectors]
+        engine.accumulate(cells, engine.logits(cells), *of_cells)
     return engine.finish()
 
 
 def train(
     head: Head, hidden: Tensor, ids: Tensor, row_mask: Tensor, terms: LossTerms, wants: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> tuple[Tensor, Tensor, Gradients, Tensor]:
     """Score the rows and, chunk by chunk, turn their logits into gradients under the coefficients of the loss.
 
     Where coefficients depend on whole trajectories, chunks end where trajectories do; the rows of a trajectory that
     the workspace cannot hold are multiplied twice.
 
-    Returns: `logps` and `entropy` `[B, T]`, 0 on rows outside the mask, and the gradients.
+    Returns: `logps` and `entropy` `[B, T]`, 0 on rows outside the mask, the gradients times a power of two, and that.
     """
-    engine = _Engine(head, hidden, ids, wants)
+    engine, unit = _Engine(head, hidden, ids, wants), terms.unit(hidden.dtype)
     logps, entropy = engine.results(2)
     for group in terms.groups(engine.chunks(row_mask), engine.capacity):
-        scored = []
+        scored, logits = [], logps
         for cells in group.chunks:
             logits = engine.logits(cells)
             scored.append(engine.statistics(logits, cells, True))
             logps[cells], entropy[cells] = scored[-1].logps, scored[-1].entropy
         if any(wants):
-            g = terms.coefficients(logps, group)
+            g = terms.coefficients(logps, group) * unit
             for cells, row in zip(group.chunks, scored, strict=True):
                 again = engine.logits(cells) if len(group.chunks) > 1 else logits
                 engine.accumulate(cells, again, row.row_max, row.log_sum, None, g[cells], None)
-    return logps.view(ids.shape), entropy.view(ids.shape), engine.finish()
+    return logps.view(ids.shape), entropy.view(ids.shape), engine.finish(), unit
 
 
 class _Engine:
@@ -153,11 +155,14 @@ class _Engine:
         self.head, self.hidden, self.wants = head, hidden, wants
         self.T, self.ids = ids.shape[1], ids.reshape(-1)
         self.dtype = backends.statistics_dtype(hidden.dtype, head.backend)
-        self.group, largest_shard = None, None
+        self.group: dist.ProcessGroup | None = None
+        largest_shard = None
         if head.process_group:
-            self.group = dist.distributed_c10d._resolve_process_group(head.process_group)
-            shards = _shard_sizes(self.group, head.weight)
-            first, largest_shard = sum(shards[: self.group.rank()]), max(shards)
+            resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 - not exported
+            group: dist.ProcessGroup = resolve(head.process_group)
+            shards = _shard_sizes(group, head.weight)
+            first, largest_shard = sum(shards[: group.rank()]), max(shards)
+            self.group = group
             here = (self.ids >= first) & (self.ids < first + head.weight.shape[0])
             self.ids = torch.where(here, self.ids - first, -1)
         self.capacity = head.rows_of_chunk(wants[1], largest_shard)
@@ -165,7 +170,7 @@ class _Engine:
         self.d_hidden = torch.zeros_like(hidden) if wants[0] else hidden.new_empty(0)
         d_weight = weight.new_empty(weight.shape if wants[1] else 0, dtype=self.dtype)
         self.d_weight = row_chunks.in_huge_pages(d_weight).zero_()
-        self.d_bias = weight.new_zeros(bias.shape if wants[2] else 0, dtype=self.dtype)
+        self.d_bias = weight.new_zeros(bias.shape if wants[2] and bias is not None else 0, dtype=self.dtype)
 
     def chunks(self, row_mask: Tensor) -> tuple[Tensor, ...]:
         """Return the cells of the active rows in even parts that the workspace holds, and make the workspace.
@@ -207,11 +212,12 @@ class _Engine:
         """Reduce logits to row statistics, over all shards of the vocabulary."""
         ids = self.ids[cells]
         everywhere = torch.ones_like(ids, dtype=torch.bool)
-        *three, entropy = backends.row_statistics(
+        logps, row_max, log_sum, entropy = backends.row_statistics(
             [logits[None]], ids.clamp(min=0)[None], everywhere[None, None], self.head.temperature, return_entropy,
             self.head.backend,
         )  # fmt: skip
-        local = Statistics(*(x[0, 0] for x in three), entropy[0] if return_entropy else entropy)
+        entropy = entropy[0] if return_entropy else entropy
+        local = Statistics(logps[0, 0], row_max[0, 0], log_sum[0, 0], entropy)
         return local if self.group is None else merge_shards(local, ids >= 0, self.head.temperature, self.group)
 
     def accumulate(

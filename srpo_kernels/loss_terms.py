@@ -54,6 +54,20 @@ class LossTerms:
         """Say whether the coefficient of a row depends on that row alone."""
         return self.weights is not None and self.loss.importance_sampling_level == "token"
 
+    def unit(self, dtype: torch.dtype) -> Tensor:
+        """Return a power of two, 0-d, that brings the largest coefficient near 1 for gradients in half precision.
+
+        A coefficient is about advantage over number of tokens; times a small probability it would vanish there, long
+        before the factor of a loss scale arrives in backward. 1 for other dtypes.
+        """
+        one = self.scale.new_ones((), dtype=torch.float32)
+        if dtype != torch.float16:
+            return one
+        scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(self.mask.shape)
+        size = torch.where(self.mask, self.advantages.abs() + self.loss.beta, 0.0) * scale
+        largest = size.float().amax() if size.numel() else one * 0.0
+        return torch.where(largest > 0, torch.exp2(torch.floor(-torch.log2(largest)).clamp(-14, 40)), one)
+
     def groups(self, chunks: tuple[Tensor, ...], size: int) -> Iterator[Group]:
         """Yield the chunks one by one, or join their rows into whole trajectories of about `size` rows."""
         if self.of_rows or not chunks:

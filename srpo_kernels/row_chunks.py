@@ -97,7 +97,7 @@ def logits_gradient(
     def work(chunk: _Chunk, buffers: Tensor) -> None:
         x, z, probs = _load(logits, chunk, buffers)
         direct = writes_directly and isinstance(chunk.rows, slice)
-        of_chunk = (None if v is None else v[chunk.place] for v in vectors)
+        of_chunk: list[Any] = [None if v is None else v[chunk.place] for v in vectors]
         workspace = (z, out[chunk.b, chunk.rows] if direct else probs)
         grad = reference.logits_gradient(
             x, ids[chunk.place], *of_chunk, temperature=temperature, whole_rows=whole_rows, workspace=workspace

@@ -353,7 +353,7 @@ def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -
     block, warps = launch.row_block(V)
     block = block * vector // 8  # of the same bytes, whatever the dtype
     chunk = launch.BLOCKS_PER_CHUNK * block
-    n_cells, n_chunks = row_mask.numel(), triton.cdiv(V, chunk)
+    n_cells, n_chunks = row_mask.numel(), -(-V // chunk)
     clean, corrupted, ablated = [*streams, *[streams[0]] * (3 - len(streams))]
     strides = [s for x in (clean, corrupted, ablated) for s in (_batch_stride(x), x.stride(1))] + [clean.stride(2)]
     flags = {

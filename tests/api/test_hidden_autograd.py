@@ -297,3 +297,35 @@ def test_two_calls_give_the_same_bits(backend, device, mode):
     for name in one_gradients:
         assert torch.equal(one_gradients[name], two_gradients[name])
     torch.testing.assert_close(one.metrics.sums, two.metrics.sums, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_half_precision_under_a_loss_scale_keeps_small_gradients(backend, device, per_token):
+    """A coefficient of 2^-20 times a probability is nothing in half precision, before the loss scale arrives."""
+    generator = torch.Generator().manual_seed(0)
+    N, V, H, scale = 96, 400, 16, 2.0**20
+    hidden, head = torch.randn(1, N, H, generator=generator), 0.3 * torch.randn(V, H, generator=generator)
+    ids = torch.randint(V, (1, N), generator=generator)
+    advantages = torch.randn(1, N, generator=generator) if per_token else torch.ones(1)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.half().to(dtype).to(device).requires_grad_() for x in (hidden, head)]
+        out = srpo.role_weighted_grpo_loss_from_hidden(
+            *leaves, ids.to(device), advantages.to(device), num_items_in_batch=scale,
+            backend="torch" if dtype == torch.float64 else backend,
+        )  # fmt: skip
+        (out.loss * scale).backward()
+        return [x.grad.double().cpu() for x in leaves]
+
+    for half, truth in zip(gradients(torch.float16), gradients(torch.float64), strict=True):
+        assert (half - truth).norm() <= 2e-3 * truth.norm()
+
+
+def test_second_derivatives_are_refused(backend, device):
+    hidden = torch.randn(1, 4, 8, device=device, requires_grad=True)
+    head, ids = torch.randn(16, 8, device=device), torch.zeros(1, 4, dtype=torch.long, device=device)
+    loss = srpo.role_weighted_grpo_loss_from_hidden(
+        hidden, head, ids, torch.ones(1, device=device), backend=backend
+    ).loss
+    with pytest.raises(RuntimeError, match="create_graph got True"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
