@@ -128,9 +128,12 @@ def counted(model: Any, case: Callable[[], object]) -> tuple[int, int, int]:
         nonlocal columns
         columns += keywords["inputs_embeds"].shape[0] * keywords["inputs_embeds"].shape[1]
 
-    def head(_module, _arguments, logits):
+    inner_linear = torch.nn.Linear.forward
+
+    def counting_linear(module, x):  # a hook on the head would make it another head
         nonlocal rows
-        rows += logits.shape[0] * logits.shape[1]
+        rows += x.shape[:-1].numel() if module is model.lm_head else 0
+        return inner_linear(module, x)
 
     def tower(_module, arguments, keywords):
         nonlocal pictures
@@ -145,14 +148,13 @@ def counted(model: Any, case: Callable[[], object]) -> tuple[int, int, int]:
 
     hooks = [
         model.model.language_model.register_forward_pre_hook(decoder, with_kwargs=True),
-        model.lm_head.register_forward_hook(head),
         model.model.visual.register_forward_pre_hook(tower, with_kwargs=True),
     ]
-    linear_head.score = counting_score
+    linear_head.score, torch.nn.Linear.forward = counting_score, counting_linear
     try:
         case()
     finally:
-        linear_head.score = inner
+        linear_head.score, torch.nn.Linear.forward = inner, inner_linear
         for hook in hooks:
             hook.remove()
     return columns, rows, pictures

@@ -10,11 +10,6 @@ from torch import Tensor, nn
 
 from srpo.vision.cuts import is_pixels
 
-# Settings that change what the head returns, where they are neither None nor 1.
-_LOGIT_CHANGES = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "lm_head_multiplier",
-    "output_multiplier", "output_multiplier_scale",
-)  # fmt: skip
 # Layers whose state runs through a token that the attention mask hides.
 _STATEFUL_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "recurrent", "mlstm", "slstm"}
 
@@ -170,35 +165,32 @@ class HeadStates(NamedTuple):
 def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: bool = False) -> HeadStates:
     """Return the last `keep` states that the head is called on, and whether the head alone makes the logits of them.
 
-    The head itself is given one row. Where its weight and bias reproduce that row's logits to rounding, and the config
-    names no cap or scale (which rounding may hide), the logits are the head's alone and no adapter sits on it.
+    The head itself is given one row. It is alone where it is a plain linear layer, without hooks, adapters or
+    parametrisations, and what it returned are the logits, bit for bit: a cap or a scale shows.
     """
-    head, caught = head_of(model), []
+    head, states, outputs = head_of(model), [], []
+    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # accelerate puts its own there
+    plain = type(head) is nn.Linear and not hooked
 
     def narrow(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        caught.append(arguments[0][:, -keep:])
+        states.append(arguments[0][:, -keep:])
         return (arguments[0][:, -1:], *arguments[1:])
 
-    handle = head.register_forward_pre_hook(narrow)
+    handles = [
+        head.register_forward_pre_hook(narrow),
+        head.register_forward_hook(lambda _, __, output: outputs.append(output)),
+    ]
     try:
         out = model(**inputs, use_cache=use_cache)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     logits, cache = out.logits, getattr(out, "past_key_values", None)
-    if len(caught) != 1:
+    if len(states) != 1 or len(outputs) != 1:
         return HeadStates(logits, False, cache)
-    weight, states = head.weight, caught[0]
-    plain = weight.is_floating_point() and weight.shape == (logits.shape[-1], states.shape[-1])
-    if not plain or _changes_logits(model):
-        return HeadStates(states, False, cache)
-    row = nn.functional.linear(states[:, -1:], weight, getattr(head, "bias", None)).float()
-    allowed = 8 * torch.finfo(weight.dtype).eps * row.abs().amax().clamp(min=1e-6)
-    return HeadStates(states, bool((row - logits.float()).abs().amax() <= allowed), cache)
-
-
-def _changes_logits(model: Any) -> bool:
-    config = backbone_of(model).config.get_text_config()
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
+    own = outputs[0]
+    alone = isinstance(own, Tensor) and own.shape == logits.shape and torch.equal(own.float(), logits.float())
+    return HeadStates(states[0], plain and alone, cache)
 
 
 def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:

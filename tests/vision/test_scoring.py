@@ -257,10 +257,17 @@ def test_deleting_shortens_the_forward_and_masking_does_not(rollout):
         assert [positions.shape[-1] for positions in found] == [S, columns]
 
 
-def test_only_rows_of_the_role_reach_the_head(rollout, head_rows):
+def test_only_rows_of_the_role_reach_the_head(rollout, head_rows, monkeypatch):
     called: list[int] = []
-    with rollout.model.lm_head.register_forward_hook(lambda _, args, out: called.append(out.shape[:-1].numel())):
-        rollout.score()
+    forward = nn.Linear.forward
+
+    def counting(module: nn.Linear, x: Tensor) -> Tensor:  # a hook would make it another head
+        if module is rollout.model.lm_head:
+            called.append(x.shape[:-1].numel())
+        return forward(module, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    rollout.score()
     with_image = rollout.seen.clone()
     with_image[1] = False  # the second row has no image
     assert head_rows == [int(x.sum()) for x in (rollout.valid, with_image, rollout.reasoned)]
@@ -537,13 +544,35 @@ class Adapter(nn.Module):
         return self.base(x) + self.high(self.low(x))
 
 
-@pytest.mark.parametrize("make_head", [Adapter, lambda base: nn.Linear(64, base.out_features, bias=True)])
-def test_heads_with_an_adapter_or_a_bias(qwen, make_head):
+def hooked(base: nn.Linear) -> nn.Linear:
+    """A head whose output a hook changes a little."""
+    base.register_forward_hook(lambda _, __, out: 1.02 * out)
+    return base
+
+
+HEADS = {
+    "adapter": Adapter,
+    "bias": lambda base: nn.Linear(64, base.out_features, bias=True),
+    "hook": hooked,
+    "hook before": lambda base: base.register_forward_pre_hook(lambda _, x: (x[0] * 1.02,)) and base,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_is_more_than_its_weight(qwen, kind, dtype):
+    """In 16 bits rounding would hide a small change; the model's own logits are taken, whatever its size."""
     model = copy.deepcopy(qwen.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.lm_head = make_head(model.lm_head)
-    other = replace(qwen, model=model)
+        model.lm_head = HEADS[kind](model.lm_head)
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in qwen.inputs.items()}
+    other = replace(qwen, model=model.to(dtype), inputs=inputs)
+    if dtype == torch.bfloat16:
+        out = other.score(streams=("clean",))
+        own = own_logps(model, other.ids, other.mask, **other.inputs)
+        assert_close(out.logps, own, other.valid, rtol=0, atol=2e-3)
+        return
     out = other.score()
     own = own_logps(model, other.ids, other.mask, **other.inputs)
     assert largest(own, qwen.score().logps, qwen.valid) > 1e-2
