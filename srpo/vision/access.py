@@ -1,5 +1,6 @@
 """What scoring asks of a Hugging Face model: its backbone, the states its head is called on, its positions."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,21 @@ def counts_columns(model: Any, n_columns: int) -> bool:
     used = layers is None or bool({"sliding_attention", "chunked_attention"}.intersection(layers))
     used = used and getattr(config, "use_sliding_window", True) is not False
     return used and any(window is not None and window < n_columns for window in windows)
+
+
+def names_taken(model: Any) -> set[str]:
+    """Return the names of all inputs that the forward of a model, or of a part of it, declares."""
+    names = {name for kind in {type(module) for module in model.modules()} for name in _parameters(kind.forward)}
+    backbone = backbone_of(model)
+    methods = ("get_rope_index", "get_image_features", "get_video_features")
+    found = (getattr(type(backbone), method, None) for method in methods)
+    return names.union(*(_parameters(method) for method in found if method is not None)) - {"self"}
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
 
 
 @contextmanager

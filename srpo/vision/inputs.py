@@ -1,5 +1,6 @@
 """The inputs of a vision-language model, cut by rows and by columns: pixels follow the sequences they belong to."""
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,10 +11,19 @@ from torch import Tensor
 
 from srpo.checks import Call
 from srpo.errors import ConfigError, ShapeError, describe
-from srpo.vision.access import backbone_of
+from srpo.vision.access import backbone_of, names_taken
 from srpo.vision.cuts import Offsets, Placeholders, alike_units, cuts_of, grids_of, is_pixels, kind_of
 
 _CALLER_ONLY = ("num_images",)  # TRL's bookkeeping; no model takes it
+# What a forward takes and scoring has no use for, and why.
+_NOT_INPUTS = {
+    "inputs_embeds": "tokens are scored by their ids",
+    "labels": "the tokens that are scored are those of input_ids",
+    "return_dict": "logits are read by name",
+    "past_key_values": "sequences are scored as they are",
+    "output_hidden_states": "log-probs are returned",
+    "output_attentions": "log-probs are returned",
+}
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -146,6 +156,7 @@ def check_inputs(
     call.tensor("input_ids", input_ids, [tuple(input_ids.shape)], "[B, S]", "int")
     call.tensor("attention_mask", attention_mask, [tuple(input_ids.shape)], "[B, S]", "mask")
     backbone = backbone_of(model)
+    _check_names(call, model, multimodal)
     given = {name: x for name, x in multimodal.items() if x is not None and name != "use_cache"}
     for name in (*_TYPES, "position_ids"):
         x = given.get(name)
@@ -154,12 +165,33 @@ def check_inputs(
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
     tokens = (_token_of(backbone.config, kind) for kind in ("image", "video"))
     inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, *tokens)
-    if "inputs_embeds" not in given:
-        merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
-        _check_placeholders(call, inputs, T, merge)
+    merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
+    _check_placeholders(call, inputs, T, merge)
+    _check_masks(call, inputs, T, _pad_token_of(backbone.config))
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
+
+
+def _check_names(call: Call, model: Any, multimodal: Mapping[str, Any]) -> None:
+    """Refuse names that nobody reads: a model takes any keyword, and a misspelt option would do nothing."""
+    known = names_taken(model) | set(_CALLER_ONLY)
+    for name, why in _NOT_INPUTS.items():
+        if multimodal.get(name) is not None:
+            call.fail(ConfigError, name, describe(multimodal[name]), f"no such input: {why}", "leave it out")
+    for name, x in multimodal.items():
+        if x is not None and name not in known:
+            own = [*_own_options(), *known]
+            close = {"seed": ["generator"]}.get(name) or difflib.get_close_matches(name, own, n=1, cutoff=0.6)
+            fix = f"write {close[0]}" if close else "leave it out"
+            expected = "an option of score_streams, or an input of the model's forward"
+            call.fail(ConfigError, name, describe(x), expected, fix)
+
+
+def _own_options() -> tuple[str, ...]:
+    from srpo.vision.scoring import score_streams
+
+    return tuple(inspect.signature(score_streams).parameters)
 
 
 def _token_of(config: Any, kind: str) -> int | None:
@@ -170,6 +202,35 @@ def _token_of(config: Any, kind: str) -> int | None:
             if isinstance(token, int):
                 return token
     return None
+
+
+def _pad_token_of(config: Any) -> int | None:
+    token = getattr(config.get_text_config(), "pad_token_id", None)
+    token = getattr(config, "pad_token_id", None) if token is None else token
+    return token if isinstance(token, int) else None
+
+
+def _check_masks(call: Call, inputs: ModelInputs, T: int, pad: int | None) -> None:
+    """Check what masks show: prompts padded on the right, padding that counts, completions without a prompt."""
+    valid = inputs.attention_mask != 0
+    prompt, completion = valid[:, :-T], valid[:, -T:]
+    name, fix = "attention_mask", "pad prompts on the left: processor(..., padding_side='left')"
+    gaps = (prompt[:, :-1] & ~prompt[:, 1:]).any(dim=1) | (prompt.any(dim=1) & ~prompt[:, -1])
+    if bool(gaps.any()):
+        rows = gaps.nonzero()[:, 0].tolist()
+        call.fail(ShapeError, name, f"padding behind tokens of the prompts {rows[:8]}", "prompts padded left", fix)
+    alone = completion.any(dim=1) & ~prompt.any(dim=1)
+    if bool(alone.any()):
+        rows, expected = alone.nonzero()[:, 0].tolist(), "a token before each completion, which predicts its first"
+        call.fail(ShapeError, name, f"completions without a prompt in rows {rows[:8]}", expected, "keep the prompt")
+    if pad is None or inputs.input_ids.shape[1] < 2:
+        return
+    counted = valid & (inputs.input_ids == pad)
+    twice = (counted[:, 0] & counted[:, 1]) | (counted[:, -1] & counted[:, -2])  # once may be a text that ends
+    if bool(twice.any()):
+        rows, fix = twice.nonzero()[:, 0].tolist(), "pass the tokenizer's mask, and the completion mask behind it"
+        got = f"1 on padding at the ends of rows {rows[:8]} (id {pad})"
+        call.fail(ShapeError, name, got, "0 on padding", fix)
 
 
 def _check_placeholders(call: Call, inputs: ModelInputs, T: int, merge: int) -> None:

@@ -600,6 +600,23 @@ def one_stray_role(rollout: Rollout) -> Tensor:
     return roles
 
 
+def right_padded(rollout: Rollout) -> Tensor:
+    P = rollout.mask.shape[1] - T
+    return torch.cat([rollout.mask[:, :P].flip(1), rollout.mask[:, P:]], dim=1)
+
+
+def with_a_hole(rollout: Rollout) -> Tensor:
+    mask = rollout.mask.clone()
+    mask[0, -T - 3] = 0
+    return mask
+
+
+def without_a_prompt(rollout: Rollout) -> Tensor:
+    mask = rollout.mask.clone()
+    mask[1, :-T] = 0
+    return mask
+
+
 # What is wrong: the changed argument, its error, and the argument that the message names where that is another.
 BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
     "no model": ("model", lambda _: None, ConfigError, ""),
@@ -627,6 +644,18 @@ BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
     "no corruption": ("corruption", lambda _: None, ConfigError, ""),
     "class of a corruption": ("corruption", lambda _: Blank, ConfigError, ""),
     "unknown ablation": ("ablation", lambda _: "x", ConfigError, ""),
+    "a misspelt option": ("temprature", lambda _: 0.5, ConfigError, "write temperature"),
+    "another misspelt option": ("batchsize", lambda _: 1, ConfigError, "write batch_size"),
+    "a seed": ("seed", lambda _: 3, ConfigError, "write generator"),
+    "a misspelt input": ("image_grid_twh", lambda r: r.inputs["image_grid_thw"], ConfigError, "write image_grid_thw"),
+    "an input of nobody": ("colour", lambda _: "red", ConfigError, ""),
+    "labels": ("labels", lambda r: r.ids, ConfigError, ""),
+    "embeddings": ("inputs_embeds", lambda r: r.ids[..., None].float(), ConfigError, ""),
+    "tuples": ("return_dict", lambda _: False, ConfigError, ""),
+    "prompts padded on the right": ("attention_mask", right_padded, ShapeError, "padding_side='left'"),
+    "a hole in a prompt": ("attention_mask", with_a_hole, ShapeError, "padded left"),
+    "padding that counts": ("attention_mask", lambda r: torch.ones_like(r.mask), ShapeError, "0 on padding"),
+    "no prompt in a row": ("attention_mask", without_a_prompt, ShapeError, "rows [1]"),
     "batches of 0": ("batch_size", lambda _: 0, ConfigError, ""),
     "batches of a half": ("batch_size", lambda _: 0.5, ConfigError, ""),
     "temperature 0": ("temperature", lambda _: 0.0, ConfigError, ""),
