@@ -5,6 +5,7 @@ waits for the device, until a name is looked up.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -20,7 +21,9 @@ _ROLES = ("perception", "reasoning")
 _SIGNS = ("negative", "zero", "positive")
 _CELL_SUMS = ("n", "valued", "contrast", "contrast_squared", "clipped", "weight", "weight_squared")
 _CELLS = [f"{role}/{sign}" for role in _ROLES for sign in _SIGNS]
-_LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage", "rows")
+_LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "zero_advantage", "rows", "far_ratios")
+FAR_RATIO = 2.0  # a ratio beyond [1 / FAR_RATIO, FAR_RATIO] is no policy that a few updates away from the old one
+_MOST_FAR_RATIOS = 1 / 3
 _CELL_KEYS = tuple(f"{cell}/{name}" for cell in _CELLS for name in _CELL_SUMS)
 _CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", "not_scored", *_CELL_KEYS)
 
@@ -33,7 +36,8 @@ class MetricSums(Mapping[str, Tensor]):
 
     Args:
         sums: `[K]` float64, detached.
-        groups: which metrics the sums can form: of `"clip"`, `"cispo"`, `"kl"`, `"entropy"`, `"rows"`, `"credit"`.
+        groups: which metrics the sums can form: of `"clip"`, `"cispo"`, `"ratio"`, `"kl"`, `"entropy"`, `"rows"`,
+            `"credit"`.
     """
 
     def __init__(self, sums: Tensor, groups: frozenset[str]) -> None:
@@ -57,12 +61,15 @@ class MetricSums(Mapping[str, Tensor]):
     def floats(self) -> dict[str, float]:
         """Return every metric as a Python float; the one call here that waits for the device.
 
-        Warns: ConfigWarning, once, where the credit read cells that nobody had scored.
+        Warns: ConfigWarning, once each, where the credit read cells that nobody had scored, and where more than a third
+            of the ratios to the old policy lie beyond [0.5, 2].
         """
         named = self._scalars()
         values = dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
         if values.get("srpo/cells_not_scored", 0.0) > 0.0:
             _warn_not_scored()
+        if values.get("srpo/far_ratio_fraction", 0.0) > _MOST_FAR_RATIOS:
+            _warn_far_ratios()
         return values
 
     def _scalars(self) -> dict[str, Tensor]:
@@ -75,6 +82,8 @@ class MetricSums(Mapping[str, Tensor]):
             named["clip_ratio/region_mean"] = (s["clip_low"] + s["clip_high"]) / tokens
         if "cispo" in self.groups:
             named["cispo_clip_ratio"] = s["clip_high"] / tokens
+        if "ratio" in self.groups:
+            named["srpo/far_ratio_fraction"] = s["far_ratios"] / tokens
         if "kl" in self.groups:
             named["kl"] = s["kl"] / tokens
         if "entropy" in self.groups:  # over the tokens whose distribution was computed
@@ -116,20 +125,28 @@ def _credit_scalars(s: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss_sums(
-    mask: Tensor, rows: Tensor, advantages: Tensor, clip_and_kl: Tensor, entropy: Tensor | None, layout: Layout
+    mask: Tensor,
+    rows: Tensor,
+    advantages: Tensor,
+    clip_and_kl: Tensor,
+    entropy: Tensor | None,
+    layout: Layout,
+    log_ratio: Tensor | None = None,
 ) -> Tensor:
     """Return the sums of the loss stage, in the order of `_LOSS_KEYS`.
 
     Args:
         mask, rows, advantages, entropy: per token; `rows` are the tokens whose log-probs were computed.
         clip_and_kl: `[R, 3]` as `srpo_kernels.ops.policy_loss` returns them.
+        log_ratio: per token, of the current to the old policy; None where there is no old one.
     """
     counts = layout.token_counts(mask)
     sequences = (counts > 0).sum()
     informative = (layout.token_counts(mask & (advantages != 0)) > 0).sum()
     entropies = counts.new_zeros(()) if entropy is None else entropy.double().sum()
     low, high, kl = clip_and_kl.double().sum(0).unbind()
-    totals = (mask.sum(), sequences, low, high, kl, entropies, sequences - informative, rows.sum())
+    far = counts.new_zeros(()) if log_ratio is None else (mask & (log_ratio.abs() > math.log(FAR_RATIO))).sum()
+    totals = (mask.sum(), sequences, low, high, kl, entropies, sequences - informative, rows.sum(), far)
     return torch.stack([x.double() for x in totals]).detach()
 
 
@@ -163,5 +180,16 @@ def _warn_not_scored() -> None:
         "srpo: the credit read cells of a contrast stream that nobody had scored; they count as no value. Likely "
         "causes: streams scored for another credit (pass the same credit= to score_streams), for other role_ids or "
         "another mask, or rows that were permuted in between. srpo/cells_not_scored counts them (said once)."
+    )
+    warnings.warn(message, ConfigWarning, stacklevel=3)
+
+
+@functools.cache
+def _warn_far_ratios() -> None:
+    message = (
+        "srpo: more than a third of the ratios to old_logps lie beyond [0.5, 2]. Likely causes: logits that are shifted "
+        "by one ([B, T, V] of logits_to_keep=T, whose first row predicts the second token: pass logits_to_keep=T + 1), "
+        "another temperature than the old log-probs have (LossConfig.temperature), old log-probs of another engine or "
+        "precision, or another padding. srpo/far_ratio_fraction is the share (said once)."
     )
     warnings.warn(message, ConfigWarning, stacklevel=3)

@@ -79,11 +79,13 @@ def finish(
     terms = loss_terms(request, weighed.weights)
     per_trajectory, clip_and_kl = ops.policy_loss(logps, *terms, layout, loss.rule, request.backend)
     groups = {"cispo" if loss.loss_type == "cispo" else "clip"}
+    groups |= {"ratio"} if terms.old_logps is not None else set()
     groups |= {"kl"} if loss.beta != 0.0 else set()
     groups |= {"entropy"} if entropy is not None else set()
     groups |= {"rows"} if scored is not None else set()
     rows = mask if scored is None else scored
-    sums = [loss_sums(mask, rows, request.advantages, clip_and_kl, entropy, layout)]
+    log_ratio = None if terms.old_logps is None else logps.detach() - terms.old_logps
+    sums = [loss_sums(mask, rows, request.advantages, clip_and_kl, entropy, layout, log_ratio)]
     if weighed.credit is not None:
         groups.add("credit")
         sums.append(credit_sums(weighed.credit, request.role_ids, mask, request.advantages))

@@ -2,12 +2,14 @@
 
 import math
 import statistics
+import warnings
 
 import pytest
 import torch
 from strategies import make_batch
 
-from srpo import CreditConfig, LossConfig, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps
+import srpo
+from srpo import CreditConfig, LossConfig, metrics, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps
 
 SIGNS = {"positive": 1.0, "negative": -1.0}
 ROLES = {"perception": 1, "reasoning": 2}
@@ -116,3 +118,27 @@ def test_entropy_is_the_mean_over_valid_tokens(backend):
     )
     assert out.metrics["entropy"].item() == pytest.approx(out.entropy[batch.valid].mean().item(), rel=1e-5)
     assert not out.metrics.sums.requires_grad
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_logits_that_are_shifted_by_one_are_warned_of(backend, device, shift):
+    """[B, T, V] of logits_to_keep=T: nothing in the shapes tells, the ratios of an on-policy call do."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(2, 9, 40, generator=generator)
+    ids = torch.randint(40, (2, 8), generator=generator).to(device)
+    old = srpo.selected_logps(logits.to(device), ids)
+    given = logits[:, shift : 8 + shift].to(device)
+    advantages = torch.tensor([1.0, -1.0], device=device)
+    out = srpo.role_weighted_grpo_loss(given, ids, advantages, old_logps=old, backend=backend)
+    metrics._warn_far_ratios.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        share = [out.metrics.floats()["srpo/far_ratio_fraction"] for _ in range(2)][0]
+    assert (share > 1 / 3) == bool(shift)
+    assert len(caught) == shift
+    if shift:
+        assert "shifted by one" in str(caught[0].message)
+        assert "temperature" in str(caught[0].message)
+    assert (
+        "srpo/far_ratio_fraction" not in srpo.role_weighted_grpo_loss(given, ids, advantages, backend=backend).metrics
+    )
