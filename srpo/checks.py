@@ -90,6 +90,24 @@ class Call:
             fix = "look for a division by zero or an overflow upstream"
             self.fail(NonFiniteError, name, f"{n} NaN or infinite values on valid tokens", "finite values", fix)
 
+    def log_probs(self, name: str, x: Tensor, where: Tensor, *, of_stream: bool = False) -> None:
+        """Check that `x` can be log-probs on some tokens: not above 0, and not NaN unless they are `of_stream`.
+
+        A single value above 0 is rounding, or a difference that is bounded anyway; where all of them are, they are
+        probabilities, or losses.
+        """
+        if not self.validates:
+            return
+        values = x[where]
+        if values.numel() >= (8 if of_stream else 5) and bool((values > 0).all()):
+            got = f"values up to {float(values.nan_to_num(0.0).max()):.4g}"
+            fix = "pass natural logs: x.log() where x are probabilities, -x where x are losses"
+            self.fail(NonFiniteError, name, got, "log-probs, which are at most 0", fix)
+        lost = 0 if of_stream else int(values.isnan().sum())
+        if lost:
+            fix = "look at the forward that scored them, or mask these tokens"
+            self.fail(NonFiniteError, name, f"{lost} NaN on valid tokens", "log-probs", fix)
+
     def within(self, name: str, x: Tensor, lowest: int, highest: int, where: Tensor, meaning: str, fix: str) -> None:
         """Check that integers lie in `[lowest, highest]` on the valid tokens."""
         if self.validates and x.numel():
@@ -181,7 +199,9 @@ def contrast_streams(
         if given is not None:
             call.tensor(name, given, [layout.shape], tokens(layout), "float")
             reads = f"reasoning_signal={credit.reasoning_signal!r} reads"
-            scored(call, name, given, credit.rows(stream, role_ids, mask), reads)
+            rows = credit.rows(stream, role_ids, mask)
+            scored(call, name, given, rows, reads)
+            call.log_probs(name, given, rows, of_stream=True)
         if scored_here is not None and check_live is not None:
             check_live(live_name, scored_here)
         if stream in credit.streams and given is None and scored_here is None:
@@ -284,12 +304,13 @@ def process_group_name(call: Call, process_group: Any) -> str:
 
 
 def loss_inputs(
-    call: Call, loss: LossConfig, layout: Layout, old_logps: Any, ref_logps: Any, is_ratio: Any
+    call: Call, loss: LossConfig, layout: Layout, mask: Tensor, old_logps: Any, ref_logps: Any, is_ratio: Any
 ) -> Tensor | None:
     """Check the log-prob inputs of the loss stage; return the importance ratio per token."""
     for name, x in (("old_logps", old_logps), ("ref_logps", ref_logps)):
         if x is not None:
             call.tensor(name, x, [layout.shape], tokens(layout), "float")
+            call.log_probs(name, x, mask)
     if loss.beta != 0.0 and ref_logps is None:
         call.fail(ConfigError, "ref_logps", "None", f"log-probs because beta={loss.beta}", "score them or set beta=0.0")
     if is_ratio is None:

@@ -88,6 +88,7 @@ def role_contrast(
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
     roles = checks.roles_of(call, role_ids, mask, layout)
+    call.log_probs("logps", logps.detach(), mask, of_stream=True)
     streams = Streams(corrupted_logps, ablated_logps)
     plain = CreditConfig(
         contrast_kind=credit.contrast_kind,

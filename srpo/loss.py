@@ -197,6 +197,7 @@ def role_weighted_grpo_loss_from_logps(
     layout = checks.layout_of(call, "logps", logps, cu_seqlens)
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
+    call.log_probs("logps", logps.detach(), mask, of_stream=True)
     request = check_request(
         call, layout, mask, credit, loss, chosen,
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,

@@ -187,7 +187,7 @@ def _warn_not_scored() -> None:
 @functools.cache
 def _warn_far_ratios() -> None:
     message = (
-        "srpo: more than a third of the ratios to old_logps lie beyond [0.5, 2]. Likely causes: logits that are shifted "
+        "srpo: more than a third of the ratios to old_logps lie beyond [0.5, 2]. Likely causes: logits shifted "
         "by one ([B, T, V] of logits_to_keep=T, whose first row predicts the second token: pass logits_to_keep=T + 1), "
         "another temperature than the old log-probs have (LossConfig.temperature), old log-probs of another engine or "
         "precision, or another padding. srpo/far_ratio_fraction is the share (said once)."

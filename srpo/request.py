@@ -87,7 +87,7 @@ def check_request(
     """Check what the entries of the loss share, beside what their log-probs come from."""
     per_token = checks.advantages_of(call, advantages, mask, layout)
     roles = torch.zeros_like(mask) if role_ids is None else checks.roles_of(call, role_ids, mask, layout)
-    ratio = checks.loss_inputs(call, loss, layout, old_logps, ref_logps, importance_sampling_ratio)
+    ratio = checks.loss_inputs(call, loss, layout, mask, old_logps, ref_logps, importance_sampling_ratio)
     checks.normaliser(call, num_items_in_batch)
     given = streams.named("logps") | live.named(live_kind)
     if weights is not None:

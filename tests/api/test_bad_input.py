@@ -534,3 +534,29 @@ def test_distributed_tensors_are_refused_with_the_call_that_gathers_them(one_pro
     arguments[argument] = distribute_tensor(arguments[argument].detach(), one_process_mesh, [Replicate()])
     with pytest.raises(SRPOError, match=rf"{argument}.*full_tensor"):
         srpo.role_weighted_grpo_loss(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["old_logps", "ref_logps", "corrupted_logps", "ablated_logps"])
+@pytest.mark.parametrize("make", [torch.exp, torch.neg], ids=["probabilities", "losses"])
+def test_what_is_no_log_prob(backend, device, argument, make):
+    batch = make_batch(7, 3, 9, mask_style="full").to(device)
+    roles = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 0]] * 3, device=device)
+    given = {name: -getattr(batch, name).abs() - 0.01 for name in
+             ("old_logps", "ref_logps", "corrupted_logps", "ablated_logps")}  # fmt: skip
+    common = {"role_ids": roles, "loss": LossConfig(beta=0.1), "backend": backend, "validate_values": True}
+    call = srpo.role_weighted_grpo_loss_from_logps
+    assert call(batch.logps, batch.advantages, **given, **common).loss.isfinite()
+    with pytest.raises(NonFiniteError, match=f"{argument} got values up to .* at most 0"):
+        call(batch.logps, batch.advantages, **given | {argument: make(given[argument])}, **common)
+
+
+@pytest.mark.parametrize("argument", ["old_logps", "ref_logps"])
+def test_log_probs_of_old_and_reference_policies_are_numbers(backend, device, argument):
+    logps = torch.full((2, 3), -1.0, device=device)
+    given = {"old_logps": logps, "ref_logps": logps, "loss": LossConfig(beta=0.1), "backend": backend}
+    bad = logps.clone()
+    bad[0, 1] = NAN
+    with pytest.raises(NonFiniteError, match=f"{argument} got 1 NaN"):
+        srpo.role_weighted_grpo_loss_from_logps(
+            logps, torch.ones(2, device=device), **given | {argument: bad}, validate_values=True
+        )
