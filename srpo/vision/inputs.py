@@ -152,14 +152,20 @@ def check_inputs(
         if x is not None and tuple(x.shape[-2:]) != tuple(input_ids.shape):
             fix = "give them one entry per token of prompt and completion"
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
-    tokens = (_token_of(backbone.config, kind) for kind in ("image", "video"))
-    inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, *tokens)
+    inputs = model_inputs(model, input_ids, attention_mask, given)
     if "inputs_embeds" not in given:
         merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
         _check_placeholders(call, inputs, T, merge)
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
+
+
+def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, given: Mapping[str, Any]) -> ModelInputs:
+    """Return the inputs of a model, with the tokens that its config names; nothing is checked."""
+    tokens = (_token_of(backbone_of(model).config, kind) for kind in ("image", "video"))
+    rest = {name: x for name, x in given.items() if name != "position_ids"}
+    return ModelInputs(input_ids, attention_mask, given.get("position_ids"), rest, *tokens)
 
 
 def _token_of(config: Any, kind: str) -> int | None:
