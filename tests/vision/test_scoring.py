@@ -198,6 +198,13 @@ def test_the_number_of_images_may_be_given(rollout):
         assert_close(got, expected, rollout.valid)
 
 
+def test_counts_that_are_as_many_as_the_sequences_do_not_move_padded_rows():
+    """Three pictures in three sequences, of which one has none: the processor gives each sequence an entry."""
+    rollout = make_rollout("idefics3", tiny_vlms.build("idefics3"), images=(0, 1, 2))
+    for got, expected in zip(rollout.score(num_images=[0, 1, 2], batch_size=1), rollout.score(), strict=True):
+        assert_close(got, expected, rollout.valid)
+
+
 def test_a_sequence_without_tokens_stays_finite(rollout):
     mask = rollout.mask.clone()
     mask[1] = 0
