@@ -156,6 +156,7 @@ def check_inputs(
     if "inputs_embeds" not in given:
         merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
         _check_placeholders(call, inputs, T, merge)
+    _check_questions(call, given.get("qformer_attention_mask"))
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
@@ -226,6 +227,14 @@ def _check_counts(call: Call, inputs: ModelInputs, n_pictures: int | None) -> No
         total = "" if n_pictures is None else f", {n_pictures} in all"
         expected = f"the number of pictures of each of {B} sequences{total}"
         call.fail(ShapeError, "num_images", repr(counts), expected, "leave it out, or count again")
+
+
+def _check_questions(call: Call, mask: Tensor | None) -> None:
+    """Check the padding of a Q-Former's question, whose positions count from the first column."""
+    if mask is not None and bool((mask.any(dim=1) & (mask[:, 0] == 0)).any()):
+        fix = "pass what processor.qformer_tokenizer(texts, padding=True, padding_side='right') returns"
+        got, expected = "padding on the left", "padding on the right, which moves no position of the Q-Former"
+        call.fail(ConfigError, "qformer_attention_mask", got, expected, fix)
 
 
 def _check_token_types(call: Call, inputs: ModelInputs, accepted: Mapping[str, Any], T: int) -> None:
