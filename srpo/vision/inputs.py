@@ -99,7 +99,7 @@ class ModelInputs:
             return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
         aligned = {name: take(x) if self.is_aligned(name, x) else x for name, x in self.multimodal.items()}
-        positions = None if self.position_ids is None else take(self.position_ids, -1)
+        positions = None if self.position_ids is None else take(self.position_ids, -1).contiguous()  # Kosmos-2 views it
         return replace(
             self, input_ids=take(self.input_ids), attention_mask=take(self.attention_mask), position_ids=positions,
             multimodal=aligned,

@@ -145,11 +145,11 @@ def minimax3():
 @family(QWEN, sizes=SIZES, state=True)
 def lfm3():
     tower = VISION | {"num_key_value_heads": 1, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    tower |= {"layer_types": ["conv", "full_attention"]}
     text = {"layer_types": ["conv", "sliding_attention"], "sliding_window": 256, "conv_L_cache": 3}
     return qwen(
-        "Lfm3Vl", "Lfm3VlForConditionalGeneration", "Lfm3VlProcessor", tower | {"layer_types": ["conv", "full_attention"]},
-        text, images=patches(**HALF), ids={name: QWEN_IDS[name] for name in ("image_token_id", "video_token_id")},
-        projector_hidden_size=64,
+        "Lfm3Vl", "Lfm3VlForConditionalGeneration", "Lfm3VlProcessor", tower, text, images=patches(**HALF),
+        ids={f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}, projector_hidden_size=64,
     )  # fmt: skip
 
 

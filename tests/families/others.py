@@ -67,7 +67,7 @@ def video_llava():
     return hf.VideoLlavaForConditionalGeneration(config), by_hand(marks, cut, repeated("<image>", 16))
 
 
-@family("<image>", sizes=((64, 64),), scale=0.05)
+@family("<image>", sizes=((64, 64),), scale=0.2)
 def fast_vlm():
     marks = tokenizer("<image>", image_token="<image>")
     tower = {

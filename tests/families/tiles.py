@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import transformers as hf
-from families.harness import ROPE, TOWER, VISION, by_hand, family, ids_of, text_settings, tokenizer, without_video
+from families.harness import ROPE, TOWER, VISION, family, ids_of, text_settings, tokenizer, without_video
 
 WIDE = ((96, 32), (32, 32), (64, 32))
 SQUARE = {"height": 32, "width": 32}
@@ -306,29 +306,3 @@ def perception_lm():
     images = hf.PerceptionLMImageProcessor(tile_size=32, max_num_tiles=4, vision_input_type="thumb+tile")
     processor = without_video(hf.PerceptionLMProcessor)(None, images, marks, patch_size=8, pooling_ratio=2)
     return hf.PerceptionLMForConditionalGeneration(config), processor
-
-
-@family("<|endoftext10|>", images=(2, 1, 1), sizes=((32, 32), (64, 32)))
-def phi4_multimodal():
-    image = "<|endoftext10|>"
-    marks = tokenizer(image)
-    (token,) = ids_of(marks, image=image).values()
-    sound = {
-        "hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16,
-        "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
-        "audio_token_id": 1, "num_hidden_layers": 1,
-    }  # fmt: skip
-    text = text_settings(marks, "head_dim", rope_parameters={**ROPE, "partial_rotary_factor": 1.0})
-    config = hf.Phi4MultimodalConfig(
-        **text, original_max_position_embeddings=1024, audio_config=sound,
-        vision_config=TOWER | {"crop_size": 32, "image_token_id": token, "feature_layer": -1},
-    )  # fmt: skip
-    images = hf.Phi4MultimodalImageProcessor(size=SQUARE, patch_size=8, dynamic_hd=4)
-
-    def repeat(texts: list[str], made: dict[str, Any]) -> list[str]:
-        counts = iter(int(n) for n in made.pop("num_img_tokens", ()))
-        split = [text.split(image) for text in texts]
-        return ["".join([first, *(image * next(counts) + x for x in rest)]) for first, *rest in split]
-
-    process = by_hand(marks, lambda pictures: dict(images(pictures, return_tensors="pt")), repeat)
-    return hf.Phi4MultimodalForCausalLM(config), process
