@@ -243,6 +243,8 @@ def _check_token_types(call: Call, inputs: ModelInputs, accepted: Mapping[str, A
     They decide positions (Qwen) or who sees whom (Gemma 3, PaliGemma), and a model does without in silence.
     """
     tokens, valid = inputs.picture_tokens(), inputs.attention_mask != 0
+    if not inputs.has_pixels("video") and (video := inputs.tokens_of("video")) is not None:
+        tokens = tokens & ~video  # sampled: to a model that is given no video they are text
     for name in _TYPES:
         if name not in accepted or not bool(tokens.any()):
             continue
