@@ -3,11 +3,10 @@
 import pytest
 import rollouts
 import torch
-from tiny_grpo import Rollouts, make_trainer
+from tiny_grpo import PICTURES, Checked, Rollouts, make_trainer
 from trl import GRPOTrainer
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from srpo import PatchMask, corrupt_images, score_streams
+from srpo import corrupt_images, score_streams
 from srpo.integrations import trl_pictures
 from srpo.integrations.trl import SRPOConfig, SRPOTrainer
 
@@ -18,44 +17,6 @@ pytestmark = [
 ]
 
 
-PICTURES = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
-
-
-class Watched(SRPOTrainer):
-    """Remember the examples of a rollout, what TRL made of them, and the streams."""
-
-    def _generate_and_score_completions(self, inputs):
-        self.examples = list(inputs)
-        return super()._generate_and_score_completions(inputs)
-
-    def _score(self, output, role_ids, credit):
-        self.output, self.roles = dict(output), role_ids
-        self.streams = super()._score(output, role_ids, credit)
-        self.own, self.without_pictures = self.logps(output), self.logps(output | self.by_hand(output))
-        return self.streams
-
-    @torch.no_grad()
-    def logps(self, output):
-        """TRL's own log-probs of what it calls the model with."""
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        names = (*PICTURES, "mm_token_type_ids", "num_images")
-        given = {name: output[name] for name in names if name in output}
-        return self._get_per_token_logps_and_entropies(
-            self.model.eval(), ids, mask, output["completion_ids"].shape[1], **given
-        )[0]
-
-    def by_hand(self, output):
-        """Corrupt and process the pictures of each rollout, all of them, without looking for equal ones."""
-        texts, images, processor = [], [], self.processing_class
-        for example in self.examples:
-            messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
-            texts.append(apply_chat_template({"prompt": messages}, processor)["prompt"])
-            images += corrupt_images([example["images"]], PatchMask(), seed=texts[-1:], processor=processor)
-        made = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        return {name: made[name] for name in PICTURES if name in made}
-
-
 @pytest.mark.parametrize(
     ("family", "images", "settings"),
     [
@@ -64,7 +25,7 @@ class Watched(SRPOTrainer):
     ],
 )  # fmt: skip
 def test_streams_are_those_of_the_model(family, images, settings, tmp_path):
-    trainer = make_trainer(Watched, tmp_path, family, images=images, max_steps=1, **settings)
+    trainer = make_trainer(Checked, tmp_path, family, images=images, max_steps=1, **settings)
     trainer.train()
     valid = trainer.output["completion_mask"].bool()
     rollouts.assert_close(trainer.streams.logps, trainer.own, valid)
@@ -80,7 +41,7 @@ def test_a_prompt_is_corrupted_and_processed_once(tmp_path, monkeypatch):
         corrupted.append([len(row) for row in images])
         return corrupt_images(images, *arguments, **named)
 
-    class Counting(Watched):
+    class Counting(Checked):
         def _score(self, output, role_ids, credit):
             processed.clear()
             return SRPOTrainer._score(self, output, role_ids, credit)
@@ -102,7 +63,7 @@ def test_a_prompt_is_corrupted_and_processed_once(tmp_path, monkeypatch):
 
 
 def test_pixels_without_pictures_are_corrupted_where_they_lie(tmp_path):
-    class Blind(Watched):
+    class Blind(Checked):
         def _score(self, output, role_ids, credit):
             self._shown = None
             streams = super()._score(output, role_ids, credit)
