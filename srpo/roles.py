@@ -128,7 +128,7 @@ def role_ids_from_completions(
     Raises:
         ShapeError: `completion_ids` is not [B, T], or the mask has another shape.
         DtypeError: ids that are not integers, or an argument that is not a tensor.
-        RoleParseError: mask values other than 0/1, valid ids outside the tokenizer, an unusable tokenizer.
+        RoleParseError: mask values other than 0/1, valid ids below 0, an unusable tokenizer.
 
     Example:
         >>> class Characters:
@@ -143,6 +143,7 @@ def role_ids_from_completions(
     """
     ids, valid = _checked_arrays(completion_ids, completion_mask)
     table = _piece_table(tokenizer)
+    ids = np.minimum(ids, table.size)
     table.add(ids[valid], tokenizer)
     tags = _TagSet.of(grammar)
     role_ids = np.zeros(ids.shape, dtype=np.int8)
@@ -226,7 +227,7 @@ def _row_roles(table: _PieceTable, ids: np.ndarray, tags: _TagSet) -> tuple[np.n
     gap = np.searchsorted(np.array(tag_ends, dtype=np.int64), starts, side="right")
     next_tag_start = np.array([*tag_starts, len(text) + 1], dtype=np.int64)[gap]
     roles = np.array(gap_roles, dtype=np.int8)[gap]
-    roles[next_tag_start < ends] = Role.OTHER
+    roles[(next_tag_start < ends) | (ids == table.size)] = Role.OTHER
     return roles, unclosed
 
 
@@ -236,10 +237,10 @@ class _PieceTable:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer_len = len(tokenizer)
         vocab = getattr(tokenizer, "get_vocab", dict)()  # its ids may have holes and so exceed len()
-        size = max([self.tokenizer_len, *(index + 1 for index in vocab.values())])
-        self.pieces = np.full(size, "", dtype=object)
-        self.lengths = np.zeros(size, dtype=np.int64)
-        self._known = np.zeros(size, dtype=bool)
+        self.size = size = max([self.tokenizer_len, *(index + 1 for index in vocab.values())])
+        self.pieces = np.full(size + 1, "", dtype=object)  # the last one stands for all ids beyond
+        self.lengths = np.zeros(size + 1, dtype=np.int64)
+        self._known = np.arange(size + 1) == size
         self._anchor = _find_anchor(tokenizer)
         head = [_continuation(tokenizer, index, self._anchor) for index in range(min(size, 64))]
         # A tokenizer without a decoder joins tokens with spaces that were never in the text.
@@ -247,11 +248,10 @@ class _PieceTable:
 
     def add(self, ids: np.ndarray, tokenizer: Tokenizer) -> None:
         """Decode the ids that are not in the table yet."""
-        outside = ids[(ids < 0) | (ids >= len(self.pieces))]
-        if len(outside):
+        if (ids < 0).any():
             raise RoleParseError(
-                f"role_ids_from_completions(): completion_ids got the valid id {outside[0]}, expected ids in "
-                f"[0, {len(self.pieces)}) of the tokenizer; set completion_mask to 0 where ids are padding"
+                f"role_ids_from_completions(): completion_ids got the valid id {ids.min()}, expected ids of at "
+                f"least 0; set completion_mask to 0 where ids are padding"
             )
         for index in np.unique(ids[~self._known[ids]]).tolist():
             piece = _continuation(tokenizer, index, self._anchor)

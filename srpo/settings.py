@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NoReturn, Self
 
-import torch
-
 from srpo.config import PRESETS, CreditConfig
 from srpo.errors import ConfigError, is_int, refuse
 from srpo.methods import METHODS, Method, linear_strength
@@ -28,7 +26,6 @@ class CreditSettings:
         corruption: one of `srpo.vision.corruption`.
         ablated_positions: `"keep"` leaves the other tokens at their positions when the perception is cut out;
             `"close"` closes the gap, for attention that takes a gap for the start of another sequence.
-        seed: of the corruption; each step has a generator of its own.
     """
 
     credit: CreditConfig | Method = PRESETS["srpo"]
@@ -36,7 +33,6 @@ class CreditSettings:
     role_grammar: RoleGrammar = RoleGrammar()  # noqa: RUF009 - frozen
     corruption: Any = corruptions.PatchMask()  # noqa: RUF009 - frozen
     ablated_positions: Literal["keep", "close"] = "keep"
-    seed: int = 0
 
     @classmethod
     def of(cls, section: Mapping[str, Any] | None) -> Self:
@@ -56,12 +52,14 @@ class CreditSettings:
             )
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             given["ablated_positions"] = given.pop("hidden_positions")
+        if given.pop("seed", None) is not None:
+            message = "srpo: the setting seed does nothing any more: a picture and its prompt seed their corruption"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
         _check_names("section", given, [field.name for field in fields(cls)])
         readers = {"credit": _credit_of, "role_grammar": _grammar_of, "corruption": _corruption_of}
         settings = cls(**{name: readers[name](x) if name in readers else x for name, x in given.items()})
         if settings.ablated_positions not in ("keep", "close"):
             _refuse("ablated_positions", settings.ablated_positions, "'keep' or 'close'")
-        _check_int("seed", settings.seed, 0)
         if settings.credit_anneal_steps is not None:
             _check_int("credit_anneal_steps", settings.credit_anneal_steps, 1)
         return settings
@@ -76,10 +74,6 @@ class CreditSettings:
     def streams_at(self, step: int) -> tuple[str, ...]:
         """Name the contrast streams that are read: `"corrupted"`, `"ablated"`, both or none."""
         return self.credit_at(step).streams
-
-    def generator_at(self, step: int) -> torch.Generator:
-        """Return the generator of the corruption: without state, so a resumed run draws what it would have drawn."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
 
 def _credit_of(x: Any) -> CreditConfig | Method:

@@ -15,7 +15,9 @@ import torch
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
+from srpo import PatchMask, corrupt_images
 from srpo.integrations.trl import SRPOConfig, SRPOTrainer
 
 LETTERS = "0123456789abcdefghijklmnop "
@@ -85,19 +87,21 @@ class StopAfter(TrainerCallback):
 
 def make_trainer(
     cls: type, folder: Path, family: str = "idefics3", *, rollouts: Rollouts | None = None,
-    images: tuple[int, ...] = (1,), stop: int | None = None, **settings: Any,
+    images: tuple[int, ...] = (1,), stop: int | None = None, vlm: tuple[Any, Any] | None = None,
+    data: Dataset | None = None, **settings: Any,
 ) -> GRPOTrainer:  # fmt: skip
     """Build a trainer of 4 prompts and 4 rollouts a step."""
-    model, processor = tiny_vlms.build(family)
+    model, processor = tiny_vlms.build(family) if vlm is None else vlm
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 48,
         "max_steps": 3, "learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True,
         "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "seed": 7, "disable_tqdm": True,
         "log_level": "error", "beta": 0.0,
     } | settings  # fmt: skip
+    data = make_dataset(images=images) if data is None else data
     config = SRPOConfig if issubclass(cls, SRPOTrainer) else GRPOConfig
     trainer = cls(
-        model=model.train(), reward_funcs=reward, args=config(**settings), train_dataset=make_dataset(images=images),
+        model=model.train(), reward_funcs=reward, args=config(**settings), train_dataset=data,
         processing_class=processor, rollout_func=rollouts or Rollouts(), callbacks=[StopAfter(stop)] if stop else None,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -107,3 +111,43 @@ def make_trainer(
 def column(trainer: GRPOTrainer, name: str) -> list[float]:
     """The logged values of a metric."""
     return [row[name] for row in trainer.state.log_history if name in row]
+
+
+PICTURES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids",
+)  # fmt: skip
+
+
+class Checked(SRPOTrainer):
+    """Remember the examples of a rollout, the streams, and what TRL itself says of both kinds of pictures."""
+
+    def _generate_and_score_completions(self, inputs):
+        self.examples = list(inputs)
+        return super()._generate_and_score_completions(inputs)
+
+    def _score(self, output, role_ids, credit):
+        self.output, self.roles = dict(output), role_ids
+        self.streams = super()._score(output, role_ids, credit)
+        self.own, self.without_pictures = self.logps(output), self.logps(output | self.by_hand(output))
+        return self.streams
+
+    @torch.no_grad()
+    def logps(self, output):
+        """TRL's own log-probs of what it calls the model with."""
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        names = (*PICTURES, "mm_token_type_ids", "token_type_ids", "num_images", "num_tiles")
+        given = {name: output[name] for name in names if name in output}
+        return self._get_per_token_logps_and_entropies(
+            self.model.eval(), ids, mask, output["completion_ids"].shape[1], **given
+        )[0]
+
+    def by_hand(self, output):
+        """Corrupt and process the pictures of each rollout, all of them, without looking for equal ones."""
+        texts, images, processor = [], [], self.processing_class
+        for example in self.examples:
+            messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
+            texts.append(apply_chat_template({"prompt": messages}, processor)["prompt"])
+            images += corrupt_images([example["images"]], PatchMask(), seed=texts[-1:], processor=processor)
+        made = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        return {name: made[name] for name in PICTURES if name in made}

@@ -17,6 +17,7 @@ from torch import Tensor
 from srpo.config import CreditConfig
 from srpo.errors import IncompatibleVersionError
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
+from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
 from srpo.rollout import credit_rollout
 from srpo.vision.scoring import StreamLogps, score_streams
@@ -31,6 +32,7 @@ _MODEL_INPUTS = (
 _SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 # What the trainer reads or overrides: method of GRPOTrainer and its parameters.
 _METHODS = {
+    "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
@@ -65,6 +67,10 @@ class SRPOTrainer(GRPOTrainer):
 
     Args: as TRL's `GRPOTrainer`; `args` is an `SRPOConfig`.
 
+    The corrupted stream sees what the processing class makes of the raw pictures, corrupted: alike in all rollouts of
+    a prompt. Where a rollout has pixels but no pictures, the pixels are corrupted, for families of
+    `PixelLayout.of_model`.
+
     Metrics, beside TRL's: `srpo/...` of `MetricSums` over the tokens of all ranks, `srpo/weight_min` and `_max`,
     `srpo/parse_failures` and `srpo/unclosed` (shares of the completions), `srpo/contrast_rows` (rows that the contrast
     streams scored).
@@ -81,16 +87,30 @@ class SRPOTrainer(GRPOTrainer):
     args: SRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *arguments: Any, **named: Any
+    ) -> None:
         check_trl()
-        given = named.get("args", arguments[2] if len(arguments) > 2 else None)
-        if not isinstance(given, SRPOConfig):
-            refuse("args", type(given).__name__, "an SRPOConfig", "pass args=SRPOConfig(...)", "SRPOTrainer")
-        super().__init__(*arguments, **named)
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = SRPOConfig(f"{name.split('/')[-1]}-SRPO")
+        if not isinstance(args, SRPOConfig):
+            refuse("args", type(args).__name__, "an SRPOConfig", "pass args=SRPOConfig(...)", "SRPOTrainer")
+        super().__init__(model, reward_funcs, args, *arguments, **named)
         self.credit = self.args.credit_settings()
+        self._shown: Shown | None = None
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        output = super()._generate(prompts)
+        images, by_tools = output[-2:]
+        self._shown = Shown(prompts, images, bool(self.tools) and any(by_tools))
+        return output
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._shown = None
         output = super()._generate_and_score_completions(inputs)
+        if self._shown is not None and self._shown.images is None:  # TRL falls back on them, too
+            self._shown = self._shown._replace(images=dataset_images(inputs))
         step = self.state.global_step
         if not self.credit.streams_at(step):
             return output
@@ -121,7 +141,9 @@ class SRPOTrainer(GRPOTrainer):
         given = {name: output[name] for name in _MODEL_INPUTS if output.get(name) is not None}
         if output.get("num_tiles") is not None:  # families that cut images into tiles: each has its own pixels
             given["num_images"] = output["num_tiles"]
-        ids = output["completion_ids"]
+        ids, shown = output["completion_ids"], self._shown
+        if "corrupted" in credit.streams and "pixel_values" in given and shown is not None and shown.images is not None:
+            given["corrupted_inputs"] = corrupted_inputs(self, shown, given, self.credit.corruption)
         with self.accelerator.autocast():
             return score_streams(
                 self.model,

@@ -20,7 +20,9 @@ from srpo.roles import Role, role_ids_from_completions
 from srpo.rollout import weigh_rollout
 from srpo.settings import CreditSettings
 from srpo.streams import no_evidence
+from srpo.vision.contexts import corrupted_rows
 from srpo.vision.corruption import PixelLayout
+from srpo.vision.pictures import corrupt_images
 
 PARTITION = "srpo"  # of the transfer queue: copies in verl's own would look like rollouts to its replay buffer
 _SEQUENCE_FIELDS = ("input_ids", "position_ids")
@@ -147,15 +149,6 @@ def realigned_log_probs(
     return torch.where(visible & where, scored.gather(1, source.clamp(min=0)).to(elsewhere.dtype), elsewhere)
 
 
-def corrupted_multi_modal_inputs(
-    rows: Sequence[Mapping[str, Any]], corruption: Any, layout: PixelLayout, *, generator: torch.Generator | int
-) -> list[dict[str, Any]]:
-    """Corrupt the pictures in the `multi_modal_inputs` of each trajectory; rows without pictures stay as they are."""
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
-    return [corruption.on_inputs(row, layout, generator=generator) for row in rows]
-
-
 def jagged(rows: Sequence[Tensor]) -> Tensor:
     """Make a nested tensor of rows that differ in their last dimension."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
@@ -215,8 +208,9 @@ class CreditStages:
         results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}
         with_picture = torch.tensor(["pixel_values" in x for x in pictures])[:, None]
         if "corrupted" in streams and self.layout is not None and with_picture.any():
-            generator = self.settings.generator_at(step)
-            bad = corrupted_multi_modal_inputs(pictures, self.settings.corruption, self.layout, generator=generator)
+            sequences = zip(data["input_ids"].unbind(), lengths.tolist(), strict=True)
+            prompts = [row[: len(row) - n] for row, n in sequences]
+            bad = corrupted_rows(pictures, prompts, self.settings.corruption, self.layout, "CreditStages.score")
             scored = self._scored(batch, "corrupted", {**copied, _PICTURES: bad}, compute_log_prob, temperature)
             results["corrupted_log_probs"] = realigned_log_probs(scored, inside, nothing, where=with_picture)
         perception = roles == Role.PERCEPTION
@@ -271,7 +265,7 @@ def easyr1_streams(
     settings: CreditSettings,
     *,
     load_image: Callable[[Any], Any],
-    cell: int,
+    processor: Any,
     step: int,
 ) -> dict[str, Tensor]:
     """Score the contrast streams of a batch of EasyR1, with `worker.actor.padding_free`.
@@ -282,7 +276,7 @@ def easyr1_streams(
         tokenizer: of the policy.
         settings: of the credit stage.
         load_image: turns an entry of `multi_modal_data["images"]` into the picture that the workers would make of it.
-        cell: pixels per side of an image token, `PixelLayout.of_processor(processor).merged_patch`.
+        processor: of the policy, which `corrupt_images` asks for the number of image tokens.
         step: optimisation steps done.
 
     Returns: `role_ids` and the log-probs of the streams, `[B, T]`, by the names of `token_credit_advantages`.
@@ -298,12 +292,14 @@ def easyr1_streams(
     nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
     results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}
     if "corrupted" in streams and "multi_modal_data" in objects:
-        generator, bad = settings.generator_at(step), {}
-        for uid, data in zip(objects["uid"], objects["multi_modal_data"], strict=True):
-            if uid not in bad:  # the workers prepare the pictures of a prompt once
-                pictures = [load_image(x) for x in data.get("images", ())]
-                corrupted = settings.corruption.on_images(pictures, generator=generator, cell=cell)
-                bad[uid] = {**data, "images": corrupted} if pictures else data
+        bad: dict[Any, Any] = {}  # by uid: the workers prepare the pictures of a prompt once
+        T = mask.shape[1]
+        ids, valid = (tensors[name][:, :-T] for name in ("input_ids", "attention_mask"))
+        for i, (uid, data) in enumerate(zip(objects["uid"], objects["multi_modal_data"], strict=True)):
+            if uid not in bad:
+                pictures, prompt = [load_image(x) for x in data.get("images", ())], ids[i, valid[i] != 0]
+                (dark,) = corrupt_images([pictures], settings.corruption, seed=[prompt], processor=processor)
+                bad[uid] = {**data, "images": dark} if pictures else data
         column = np.empty(len(clean), dtype=object)
         column[:] = [bad[uid] for uid in objects["uid"]]
         # other uids: under the same ones the workers take the clean pictures from their cache

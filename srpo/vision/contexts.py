@@ -1,6 +1,6 @@
 """The inputs of the corrupted stream: what the caller's processor made, or pixels corrupted where they lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from srpo.vision.corruption import PatchMask
 from srpo.vision.cuts import is_pixels
 from srpo.vision.inputs import ModelInputs, row_cuts
 from srpo.vision.pixels import PICTURE_ROAD, PixelLayout
-from srpo.vision.seeds import bytes_of, picture_bytes, seed_of
+from srpo.vision.seeds import Prompt, bytes_of, picture_bytes, seed_of
 
 _TEXT = ("input_ids", "attention_mask")
 
@@ -84,25 +84,33 @@ def corrupted_context(
 
 
 def _by_row(whole: ModelInputs, cuts: Mapping[str, Any], T: int, corruption: Any, layout: PixelLayout) -> ModelInputs:
-    """Corrupt each sequence by a seed of its pictures and its prompt; the rollouts of a prompt share the work."""
+    """Corrupt each sequence by a seed of its pictures and its prompt."""
     parts: dict[str, list[Tensor]] = {name: [] for name in whole.multimodal if is_pixels(name)}
-    known: dict[int, dict[str, Any]] = {}
-    for i, (ids, mask) in enumerate(_prompts(whole, T)):
-        row = whole.rows(slice(i, i + 1), cuts)
-        dark = row.multimodal
-        if row.has_pixels():
-            pictures = layout.pictures(row.multimodal, "score_streams")
-            seen = [picture_bytes(layout.to_bytes(x.one_frame())) for x in pictures]
-            seed = seed_of(bytes_of(ids[mask != 0]), *seen)
-            if seed not in known:
-                known[seed] = corruption.on_inputs(row.multimodal, layout, generator=seed)
-            dark = known[seed]
+    rows = [whole.rows(slice(i, i + 1), cuts).multimodal for i in range(len(whole.input_ids))]
+    prompts = [ids[mask != 0] for ids, mask in _prompts(whole, T)]
+    for i, dark in enumerate(corrupted_rows(rows, prompts, corruption, layout, "score_streams")):
         for name, kept in parts.items():
             if name in dark:
                 kept.append(dark[name])
             elif name in cuts and cuts[name] == list(range(len(whole.input_ids) + 1)):
                 kept.append(whole.multimodal[name][i : i + 1])  # padding, in the place of a picture
     return replace(whole, multimodal=whole.multimodal | {name: torch.cat(kept) for name, kept in parts.items()})
+
+
+def corrupted_rows(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], corruption: Any, layout: PixelLayout, function: str
+) -> list[Mapping[str, Any]]:
+    """Corrupt the pixels of each sequence by a seed of its pictures and its prompt; its rollouts share the work."""
+    known: dict[int, dict[str, Any]] = {}  # pixels by seed
+    out = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        seen = [picture_bytes(layout.to_bytes(x.one_frame())) for x in layout.pictures(row, function)]
+        seed = seed_of(bytes_of(prompt), *seen)
+        if seen and seed not in known:
+            dark = corruption.on_inputs(row, layout, generator=seed)
+            known[seed] = {name: x for name, x in dark.items() if is_pixels(name)}
+        out.append({**row, **known.get(seed, {})})
+    return out
 
 
 def _prompts(whole: ModelInputs, T: int) -> list[tuple[Tensor, Tensor]]:

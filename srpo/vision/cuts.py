@@ -122,16 +122,16 @@ def _offsets(
     patches: Sequence[int] | None = None,
 ) -> Offsets | None:
     """Return where the n entries of each sequence start; None where nothing tells."""
+    # As many entries as sequences: with a picture in each sequence it is one in each. Where a sequence has none, its
+    # own entry is padding, or there is no entry of its own and another one has several.
+    if n == B and placeholders is not None and [x > 0 for x in placeholders.tokens] == _filled(pixels, n):
+        return list(range(B + 1))
     if counts is not None and len(counts) == B and sum(counts) == n:
         return _summed(counts)
     if placeholders is None:
         return list(range(B + 1)) if n == B else None
     tokens, runs = placeholders
     total = sum(tokens)
-    # As many entries as sequences: with a picture in each sequence it is one in each. Where a sequence has none, its
-    # own entry is padding, or there is no entry of its own and another one has several.
-    if n == B and [x > 0 for x in tokens] == _filled(pixels, n):
-        return list(range(B + 1))
     if patches is not None and total and sum(patches) % total == 0:
         walked = _walked(tokens, [x * total for x in patches], sum(patches))
         if walked is not None:

@@ -109,7 +109,7 @@ class ModelInputs:
             return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
         aligned = {name: take(x) if self.is_aligned(name, x) else x for name, x in self.multimodal.items()}
-        positions = None if self.position_ids is None else take(self.position_ids, -1)
+        positions = None if self.position_ids is None else take(self.position_ids, -1).contiguous()  # Kosmos-2 views it
         return replace(
             self, input_ids=take(self.input_ids), attention_mask=take(self.attention_mask), position_ids=positions,
             multimodal=aligned,
@@ -163,14 +163,21 @@ def check_inputs(
         if x is not None and tuple(x.shape[-2:]) != tuple(input_ids.shape):
             fix = "give them one entry per token of prompt and completion"
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
-    tokens = (_token_of(backbone.config, kind) for kind in ("image", "video"))
-    inputs = ModelInputs(input_ids, attention_mask, given.pop("position_ids", None), given, *tokens)
+    inputs = model_inputs(model, input_ids, attention_mask, given)
     merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
     _check_placeholders(call, inputs, T, merge)
     _check_masks(call, inputs, T, _pad_token_of(backbone.config))
+    _check_questions(call, given.get("qformer_attention_mask"))
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
+
+
+def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, given: Mapping[str, Any]) -> ModelInputs:
+    """Return the inputs of a model, with the tokens that its config names; nothing is checked."""
+    tokens = (_token_of(backbone_of(model).config, kind) for kind in ("image", "video"))
+    rest = {name: x for name, x in given.items() if name != "position_ids"}
+    return ModelInputs(input_ids, attention_mask, given.get("position_ids"), rest, *tokens)
 
 
 def _check_names(call: Call, model: Any, multimodal: Mapping[str, Any]) -> None:
@@ -283,12 +290,22 @@ def _check_counts(call: Call, inputs: ModelInputs, n_pictures: int | None) -> No
         call.fail(ShapeError, "num_images", repr(counts), expected, "leave it out, or count again")
 
 
+def _check_questions(call: Call, mask: Tensor | None) -> None:
+    """Check the padding of a Q-Former's question, whose positions count from the first column."""
+    if mask is not None and bool((mask.any(dim=1) & (mask[:, 0] == 0)).any()):
+        fix = "pass what processor.qformer_tokenizer(texts, padding=True, padding_side='right') returns"
+        got, expected = "padding on the left", "padding on the right, which moves no position of the Q-Former"
+        call.fail(ConfigError, "qformer_attention_mask", got, expected, fix)
+
+
 def _check_token_types(call: Call, inputs: ModelInputs, accepted: Mapping[str, Any], T: int) -> None:
     """Check that token types, where the model reads them, tell pictures from what was sampled.
 
     They decide positions (Qwen) or who sees whom (Gemma 3, PaliGemma), and a model does without in silence.
     """
     tokens, valid = inputs.picture_tokens(), inputs.attention_mask != 0
+    if not inputs.has_pixels("video") and (video := inputs.tokens_of("video")) is not None:
+        tokens = tokens & ~video  # sampled: to a model that is given no video they are text
     for name in _TYPES:
         if name not in accepted or not bool(tokens.any()):
             continue

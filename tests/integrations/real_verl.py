@@ -79,8 +79,7 @@ def compare(trainer: Any, queue: Any, model: Any, processor: Any) -> None:
     old, corrupted, ablated, roles, advantages, mask = (data[name].to_padded_tensor(0) for name in names)
     streams = score_streams(
         model, **tiny_verl.score_streams_arguments(rows, processor.tokenizer), logits_to_keep=roles.shape[1],
-        role_ids=roles, generator=trainer.credit_settings.generator_at(0), temperature=tiny_verl.TEMPERATURE,
-        ablation="delete",
+        role_ids=roles, temperature=tiny_verl.TEMPERATURE, ablation="delete",
     )  # fmt: skip
     for found, expected, where in (
         (old, streams.logps, mask == 1),

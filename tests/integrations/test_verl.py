@@ -21,13 +21,13 @@ from srpo import (
     PixelLayout,
     RoleGrammar,
     ShapeError,
+    corrupt_images,
     score_streams,
 )
 from srpo.integrations.verl import (
     PARTITION,
     CreditStages,
     ablated_fields,
-    corrupted_multi_modal_inputs,
     easyr1_streams,
     jagged,
     padded,
@@ -54,7 +54,7 @@ def vlm() -> Any:
     assert all(len(row["prompts"]) == len(rows[0]["prompts"]) for row in rows)
     streams = score_streams(
         model, **arguments, logits_to_keep=T, role_ids=roles, corruption=PatchMask(),
-        generator=CreditSettings().generator_at(0), temperature=tiny_verl.TEMPERATURE, ablation="delete",
+        temperature=tiny_verl.TEMPERATURE, ablation="delete",
     )  # fmt: skip
     for stream, role in ((streams.corrupted_logps, 1), (streams.ablated_logps, 2)):  # else the comparisons say nothing
         assert (stream - streams.logps)[roles == role].abs().max() > 0.05
@@ -195,10 +195,15 @@ class TestStages:
         valid = made.queue.kv_batch_get(made.meta.keys, "train", ["response_mask"])["response_mask"]
         assert is_no_evidence(found[f"{name}_log_probs"][padded(valid) != 0]).all()
 
-    def test_each_step_corrupts_anew_and_a_resumed_one_alike(self, vlm):
-        first, again, next_step = (scored(stage(vlm), step)["corrupted_log_probs"] for step in (3, 3, 4))
-        assert torch.equal(first, again)
-        assert not torch.equal(first, next_step)
+    def test_a_trajectory_is_corrupted_alike_wherever_it_is(self, vlm):
+        order = [2, 0, 3, 1]
+        whole = scored(stage(vlm), step=3)["corrupted_log_probs"]
+        moved = scored(stage(vlm, rows=[vlm.rows[i] for i in order]), step=4)["corrupted_log_probs"]
+        alone = [scored(stage(vlm, rows=[row]))["corrupted_log_probs"][0] for row in vlm.rows]
+        for i, row in enumerate(vlm.rows):
+            seen = vlm.roles[i, : len(row["responses"])] == 1
+            for other in (moved[order.index(i)], alone[i]):
+                torch.testing.assert_close(other[: len(seen)][seen], whole[i, : len(seen)][seen], **EXACT)
 
     def test_closed_gaps_are_the_positions_of_a_sequence_without_the_perception(self, vlm):
         made = stage(vlm, CreditSettings(ablated_positions="close"))
@@ -277,19 +282,6 @@ class TestHiding:
                 scored = scored[:, : max(int(visible.sum(1).max()), 1)]
             got = realigned_log_probs(scored, visible, clean, layout=layout)
             assert torch.equal(got, torch.where(visible, truth, clean))
-
-
-class TestPictures:
-    def test_rows_are_corrupted_as_one_batch(self, vlm):
-        inputs = [row["multi_modal_inputs"] for row in vlm.rows]
-        layout = PixelLayout.of_processor(vlm.processor)
-        rows = [inputs[0], {}, *inputs[1:3]]
-        got = corrupted_multi_modal_inputs(rows, PatchMask(), layout, generator=5)
-        joined = {name: torch.cat([x[name] for x in inputs[:3]]) for name in ("pixel_values", "image_grid_thw")}
-        expected = PatchMask().on_inputs(joined, layout, generator=5)["pixel_values"]
-        assert torch.equal(torch.cat([got[i]["pixel_values"] for i in (0, 2, 3)]), expected)
-        assert got[1] == {}
-        assert got[0]["image_grid_thw"] is inputs[0]["image_grid_thw"]
 
 
 class TestTokenCredit:
@@ -418,22 +410,44 @@ def easyr1_batch(vlm: Any, uids: list[str]) -> DataProto:
 def easyr1_scored(vlm: Any, uids: list[str], **settings: Any) -> tuple[DataProto, EasyR1Workers, dict]:
     batch, workers = easyr1_batch(vlm, uids), EasyR1Workers(vlm)
     batch.batch |= workers.compute_log_probs(batch).batch
-    cell = PixelLayout.of_processor(vlm.processor).merged_patch
     found = easyr1_streams(
         batch, workers.compute_log_probs, vlm.processor.tokenizer, CreditSettings(**settings),
-        load_image=lambda x: x, cell=cell, step=0,
+        load_image=lambda x: x, processor=vlm.processor, step=0,
     )  # fmt: skip
     return batch, workers, found
 
 
 class TestEasyR1:
+    def without_pictures(self, vlm):
+        """Corrupt the raw pictures of each row by its prompt, and process them all."""
+        pictures, prompts = [row["pictures"] for row in vlm.rows], [row["prompts"] for row in vlm.rows]
+        dark = corrupt_images(pictures, PatchMask(), seed=prompts, processor=vlm.processor)
+        flat = [picture for row in dark for picture in row]
+        return dict(vlm.processor.image_processor(images=flat, return_tensors="pt"))
+
+    def test_a_trajectory_is_corrupted_alike_wherever_it_is(self, vlm):
+        order = [2, 0, 3, 1]
+        _, _, whole = easyr1_scored(vlm, ["a", "b", "c", "d"])
+        moved = SimpleNamespace(**{**vars(vlm), "rows": [vlm.rows[i] for i in order]})
+        _, _, found = easyr1_scored(moved, [f"u{i}" for i in order])
+        for k, i in enumerate(order):
+            where = vlm.roles[i] == 1
+            torch.testing.assert_close(
+                found["corrupted_log_probs"][k][where], whole["corrupted_log_probs"][i][where], **EXACT
+            )
+
     def test_streams_are_those_of_score_streams(self, vlm):
         batch, workers, found = easyr1_scored(vlm, ["a", "b", "c", "d"])
         assert torch.equal(found["role_ids"], vlm.roles)
         torch.testing.assert_close(batch.batch["old_log_probs"] * vlm.mask, vlm.streams.logps, **EXACT)
+        streams = score_streams(
+            vlm.model, **tiny_verl.score_streams_arguments(vlm.rows, vlm.processor.tokenizer),
+            logits_to_keep=vlm.roles.shape[1], role_ids=vlm.roles, temperature=tiny_verl.TEMPERATURE,
+            corrupted_inputs=self.without_pictures(vlm),
+        )  # fmt: skip
         for name, role in (("corrupted", 1), ("ablated", 2)):
             where = vlm.roles == role
-            expected = getattr(vlm.streams, f"{name}_logps")
+            expected = getattr(streams, f"{name}_logps")
             torch.testing.assert_close(found[f"{name}_log_probs"][where], expected[where], **EXACT)
         assert len(workers.batches) == 3
         assert "corrupted_log_probs" not in batch.batch
@@ -464,7 +478,6 @@ class TestSettings:
                 "role_grammar": {"perception_tags": ["see"], "answer_role": "other"},
                 "corruption": {"name": "PatchMask", "probability": 0.5},
                 "ablated_positions": "close",
-                "seed": 3,
             }
         )
         expected = CreditSettings(
@@ -473,7 +486,6 @@ class TestSettings:
             role_grammar=RoleGrammar(perception_tags=("see",), answer_role=Role.OTHER),
             corruption=PatchMask(0.5),
             ablated_positions="close",
-            seed=3,
         )
         assert CreditSettings.of(section) == expected
 
@@ -503,8 +515,6 @@ class TestSettings:
             ({"corruption": {"name": "Blank", "sigma": 1}}, "sigma"),
             ({"corruption": {"name": "PatchMask", "probability": 2}}, "probability"),
             ({"ablated_positions": "mask"}, "keep"),
-            ({"seed": -1}, "seed"),
-            ({"seed": 1.5}, "seed"),
             ({"credit_anneal_steps": 0}, "credit_anneal_steps"),
         ],
     )

@@ -198,6 +198,13 @@ def test_the_number_of_images_may_be_given(rollout):
         assert_close(got, expected, rollout.valid)
 
 
+def test_counts_that_are_as_many_as_the_sequences_do_not_move_padded_rows():
+    """Three pictures in three sequences, of which one has none: the processor gives each sequence an entry."""
+    rollout = make_rollout("idefics3", tiny_vlms.build("idefics3"), images=(0, 1, 2))
+    for got, expected in zip(rollout.score(num_images=[0, 1, 2], batch_size=1), rollout.score(), strict=True):
+        assert_close(got, expected, rollout.valid)
+
+
 def test_a_sequence_without_tokens_stays_finite(rollout):
     mask = rollout.mask.clone()
     mask[1] = 0
@@ -699,3 +706,16 @@ def test_an_image_token_that_was_sampled(family):
     ids[1, -T] = rollout.model.config.image_token_id
     with no_forward(), pytest.raises(ConfigError, match=r"input_ids got 1 image tokens in the completion.*suppress"):
         replace(rollout, ids=ids).score()
+
+
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+def test_a_video_token_that_was_sampled_is_text(family):
+    """No video was given: to the model the token is one of the vocabulary."""
+    rollout = make_rollout(family, tiny_vlms.build(family))
+    ids = rollout.ids.clone()
+    ids[0, -T] = rollout.model.config.video_token_id
+    odd = replace(rollout, ids=ids)
+    for batch_size in (None, 1):
+        out = odd.score(batch_size=batch_size)
+        assert_close(out.logps, own_logps(odd.model, ids, odd.mask, **odd.inputs), odd.valid)
+        assert_close(out.ablated_logps, deleted_logps(odd), odd.reasoned)

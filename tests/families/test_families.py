@@ -1,0 +1,129 @@
+"""Each family: three streams equal to what its model says by itself, whole and in batches; what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from families import grids, others, tiles
+from families.harness import FAMILIES, Rollout, built
+from PIL import Image
+from rollouts import assert_close, largest
+
+from srpo import ConfigError, PatchMask, corrupt_images, role_weighted_grpo_loss_from_logps, score_streams
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+TABLES = (grids, tiles, others)  # reading them fills FAMILIES
+EXACT = {"rtol": 0, "atol": 5e-5}
+
+
+# Positions that neither a module shows nor a probe finds are to be passed.
+GIVEN = {"kosmos2": lambda rollout: {"position_ids": rollout.mask.cumsum(dim=1) * rollout.mask}}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streams_are_those_of_the_model(name):
+    rollout = Rollout(FAMILIES[name])
+    dark, given = rollout.without_pictures(), GIVEN[name](rollout) if name in GIVEN else {}
+    whole = rollout.score(corrupted_inputs=dark, **given)
+    assert_close(whole.logps, rollout.each_alone(), rollout.valid, **EXACT)
+    assert_close(whole.corrupted_logps, rollout.whole(**dark), rollout.visual, **EXACT)
+    assert_close(whole.ablated_logps, rollout.deleted(), rollout.reasoned, **EXACT)
+    assert largest(whole.corrupted_logps, whole.logps, rollout.visual) > 1e-3
+    assert largest(whole.ablated_logps, whole.logps, rollout.reasoned) > 1e-3
+    for batch_size in (1, 2):
+        for part, x in zip(rollout.score(corrupted_inputs=dark, batch_size=batch_size, **given), whole, strict=True):
+            assert_close(part, x, rollout.valid, **EXACT)
+
+
+# What is refused, and the advice
+
+
+def test_positions_that_do_not_show():
+    rollout = Rollout(FAMILIES["kosmos2"])
+    dark = rollout.without_pictures()
+    with pytest.raises(ConfigError, match=r"pass position_ids .* or streams=\('clean', 'corrupted'\)"):
+        rollout.score(corrupted_inputs=dark)
+    out = rollout.score(corrupted_inputs=dark, streams=("clean", "corrupted"))
+    assert_close(out.corrupted_logps, rollout.whole(**dark), rollout.visual, **EXACT)
+
+
+NAME = "qformer_attention_mask"
+
+
+def test_questions_padded_on_the_left():
+    rollout = Rollout(FAMILIES["instructblip"])
+    flat = [image for row in rollout.images for image in row]
+    mask = rollout.processor.raw(text=rollout.texts, images=flat, padding=True, return_tensors="pt")[NAME]
+    with pytest.raises(ConfigError, match=r"qformer_attention_mask got padding on the left.*padding_side='right'"):
+        rollout.score(**{NAME: mask})
+
+
+@pytest.mark.parametrize("name", [name for name, x in FAMILIES.items() if x.state])
+def test_states_that_a_mask_does_not_reach(name):
+    rollout = Rollout(FAMILIES[name])
+    with pytest.raises(ConfigError, match="pass ablation=None"):
+        rollout.score(corrupted_inputs=rollout.without_pictures(), ablation="mask")
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_5", "idefics3_split", "gemma3", "llava_next"])
+def test_pixels_whose_place_is_unknown(name):
+    """The message says which call to make; the call in it is made."""
+    rollout = Rollout(FAMILIES[name])
+    with pytest.raises(ConfigError, match="corrupted_inputs=") as caught:
+        rollout.score()
+    advice = re.search(r"corrupted_inputs=(.*)\)\.$", str(caught.value))[1]
+    flat = [image for row in rollout.images for image in row]
+    names = {
+        "texts": rollout.texts, "images": rollout.images if rollout.family.nested else flat,
+        "processor": rollout.processor, "corrupt_images": corrupt_images, "PatchMask": PatchMask,
+    }  # fmt: skip
+    dark = dict(eval(advice, names))
+    out = rollout.score(corrupted_inputs=dark)
+    pictures = {key: x for key, x in dark.items() if key in rollout.inputs and "token_type" not in key}
+    assert_close(out.corrupted_logps, rollout.whole(**pictures), rollout.visual, **EXACT)
+
+
+def test_encoder_decoders():
+    sizes = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = transformers.BartConfig(vocab_size=99, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids, roles = torch.arange(4, 20).reshape(2, 8), torch.tensor([[1, 1, 2, 2]] * 2)
+    answers = ids[:, 4:].contiguous()
+    with pytest.raises(ConfigError, match="their own forward and pass the log-probs to role_weighted_grpo_loss"):
+        score_streams(model, ids, torch.ones_like(ids), 4, role_ids=roles)
+    contexts = [model(input_ids=x, labels=answers).logits for x in (ids[:, :4], ids[:, :2], ids[:, 2:4])]
+    logps, *others = (x.log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0] for x in contexts)
+    corrupted, ablated = (x.detach() for x in others)
+    advantages = torch.tensor([1.0, -1.0])
+    out = role_weighted_grpo_loss_from_logps(
+        logps, advantages, role_ids=roles, corrupted_logps=corrupted, ablated_logps=ablated
+    )
+    out.loss.backward()
+    assert max(x.grad.abs().max() for x in model.parameters() if x.grad is not None) > 0
+
+
+# Tiles and a thumbnail
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_picture_is_hidden_alike_in_all_its_views(side, share):
+    """A place of a white picture is hidden if less than half of its light is left, in its tile and in the thumbnail."""
+    _, processor = built(FAMILIES["idefics3_split"])
+    processor.image_processor.size = {"longest_edge": side}
+    white, n, found = Image.new("RGB", (side, side), "white"), side // 32, []
+    for seed in range(40):
+        dark = corrupt_images([[white]], PatchMask(share), seed=seed, processor=processor)
+        black = processor(text=["<image>"], images=dark, return_tensors="pt")["pixel_values"][0].mean(dim=1) < 0
+        tiles = torch.cat([torch.cat(list(black[n * row : n * row + n]), dim=1) for row in range(n)])
+        thumbnail = black[n * n].repeat_interleave(n, 0).repeat_interleave(n, 1)
+        found.append(torch.stack([x.float().mean() for x in (tiles, thumbnail, tiles & thumbnail)]))
+    for hidden in torch.stack(found).mean(dim=0):
+        assert abs(hidden - share) < 0.05
