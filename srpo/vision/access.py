@@ -194,7 +194,9 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: boo
 
     handles = [
         head.register_forward_pre_hook(narrow),
-        head.register_forward_hook(lambda _, __, output: outputs.append(output)),
+        head.register_forward_hook(
+            lambda _, __, output: outputs.append(output.clone())
+        ),  # Chameleon changes it in place
     ]
     try:
         out = model(**inputs, use_cache=use_cache)

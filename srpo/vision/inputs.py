@@ -182,7 +182,7 @@ def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, given: M
 
 def _check_names(call: Call, model: Any, multimodal: Mapping[str, Any]) -> None:
     """Refuse names that nobody reads: a model takes any keyword, and a misspelt option would do nothing."""
-    known = names_taken(model) | set(_CALLER_ONLY)
+    known = names_taken(model) | {*_CALLER_ONLY, *_TYPES}  # processors make token types for models that read none
     for name, why in _NOT_INPUTS.items():
         if multimodal.get(name) is not None:
             call.fail(ConfigError, name, describe(multimodal[name]), f"no such input: {why}", "leave it out")
@@ -222,7 +222,7 @@ def _check_masks(call: Call, inputs: ModelInputs, T: int, pad: int | None) -> No
     valid = inputs.attention_mask != 0
     prompt, completion = valid[:, :-T], valid[:, -T:]
     name, fix = "attention_mask", "pad prompts on the left: processor(..., padding_side='left')"
-    gaps = (prompt[:, :-1] & ~prompt[:, 1:]).any(dim=1) | (prompt.any(dim=1) & ~prompt[:, -1])
+    gaps = prompt.any(dim=1) & ~prompt[:, -1]  # BLIP-2 pads between picture and text
     if bool(gaps.any()):
         rows = gaps.nonzero()[:, 0].tolist()
         call.fail(ShapeError, name, f"padding behind tokens of the prompts {rows[:8]}", "prompts padded left", fix)

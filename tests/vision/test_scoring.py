@@ -612,12 +612,6 @@ def right_padded(rollout: Rollout) -> Tensor:
     return torch.cat([rollout.mask[:, :P].flip(1), rollout.mask[:, P:]], dim=1)
 
 
-def with_a_hole(rollout: Rollout) -> Tensor:
-    mask = rollout.mask.clone()
-    mask[0, -T - 3] = 0
-    return mask
-
-
 def without_a_prompt(rollout: Rollout) -> Tensor:
     mask = rollout.mask.clone()
     mask[1, :-T] = 0
@@ -660,7 +654,6 @@ BAD_CALLS: dict[str, tuple[str, Any, type[SRPOError], str]] = {
     "embeddings": ("inputs_embeds", lambda r: r.ids[..., None].float(), ConfigError, ""),
     "tuples": ("return_dict", lambda _: False, ConfigError, ""),
     "prompts padded on the right": ("attention_mask", right_padded, ShapeError, "padding_side='left'"),
-    "a hole in a prompt": ("attention_mask", with_a_hole, ShapeError, "padded left"),
     "padding that counts": ("attention_mask", lambda r: torch.ones_like(r.mask), ShapeError, "0 on padding"),
     "no prompt in a row": ("attention_mask", without_a_prompt, ShapeError, "rows [1]"),
     "batches of 0": ("batch_size", lambda _: 0, ConfigError, ""),
