@@ -117,6 +117,11 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(backbone_of(model).forward).parameters
 
 
+def cache_name(model: Any) -> str:
+    """Return what a forward and its output call the cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(backbone_of(model).forward).parameters else "past_key_values"
+
+
 def rope_positions(model: Any, ids: Tensor, mask: Tensor, multimodal: Mapping[str, Any]) -> Tensor | None:
     """Return the mRoPE positions of a whole batch, before it is split: HunYuan numbers pictures through all of it."""
     rope_index = getattr(backbone_of(model), "get_rope_index", None)
@@ -170,7 +175,7 @@ class HeadStates(NamedTuple):
     Args:
         states: `[B, keep, H]`, or the logits of all columns where the head was not called once.
         is_bare: whether the head alone makes the logits of the states.
-        cache: `past_key_values` of the forward; None unless it was asked to keep them.
+        cache: keys and values of the forward; None unless it was asked to keep them.
     """
 
     states: Tensor
@@ -203,7 +208,7 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: boo
     finally:
         for handle in handles:
             handle.remove()
-    logits, cache = out.logits, getattr(out, "past_key_values", None)
+    logits, cache = out.logits, getattr(out, cache_name(model), None)
     if len(states) != 1 or len(outputs) != 1:
         return HeadStates(logits, False, cache)
     own = outputs[0]

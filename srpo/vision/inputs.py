@@ -20,6 +20,7 @@ _NOT_INPUTS = {
     "inputs_embeds": "tokens are scored by their ids",
     "labels": "the tokens that are scored are those of input_ids",
     "return_dict": "logits are read by name",
+    "cache": "sequences are scored as they are",
     "past_key_values": "sequences are scored as they are",
     "output_hidden_states": "log-probs are returned",
     "output_attentions": "log-probs are returned",

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from srpo.vision.access import counted_positions, head_states, rope_positions, takes_positions
+from srpo.vision.access import cache_name, counted_positions, head_states, rope_positions, takes_positions
 from srpo.vision.cuts import is_pixels, kind_of
 from srpo.vision.inputs import ModelInputs
 
@@ -143,7 +143,7 @@ class Prefix:
         cache.batch_select_indices(prompts)
         before = self.inputs.attention_mask[rows][:, : self.P]
         named = {"input_ids": ids, "attention_mask": torch.cat([before, mask.to(before)], dim=1)}
-        named |= {"position_ids": positions, "past_key_values": cache}
+        named |= {"position_ids": positions, cache_name(self.model): cache}
         found = head_states(self.model, named | aligned, ids.shape[1], use_cache=True)
         return torch.cat([last, found.states], dim=1)
 

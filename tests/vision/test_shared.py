@@ -13,6 +13,7 @@ from torch import nn
 
 from srpo import Blank, ShuffleImages, perception_tokens
 from srpo.vision import prefix, scoring
+from srpo.vision.access import cache_name
 
 NAMES = ("logps", "corrupted_logps", "ablated_logps", "entropy")
 CLOSE = {"rtol": 0, "atol": 1e-5, "equal_nan": True}
@@ -196,7 +197,7 @@ def test_a_model_that_continues_otherwise_is_found_out(group):
             self.module = module
 
         def forward(self, **named: Any) -> Any:
-            if named.get("past_key_values") is not None:
+            if named.get(cache_name(self.module)) is not None:
                 n = named["input_ids"].shape[1]
                 named["attention_mask"] = named["attention_mask"].clone()
                 named["attention_mask"][:, :-n] = 0
