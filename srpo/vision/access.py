@@ -118,7 +118,7 @@ def takes_positions(model: Any) -> bool:
 
 
 def cache_name(model: Any) -> str:
-    """Return what a forward and its output call the cache: `cache` since transformers 5.24, `past_key_values` before."""
+    """Return what a forward and its output call the cache: `cache` since transformers 5.24, else `past_key_values`."""
     return "cache" if "cache" in inspect.signature(backbone_of(model).forward).parameters else "past_key_values"
 
 
