@@ -12,7 +12,7 @@ import torch
 BLOCKS_PER_CHUNK = 4  # of a row: lanes are reduced once a chunk, and few rows are split into chunks
 FUSION = {"enable_fp_fusion": True}  # a * b + c in one instruction, whatever this Triton does by default
 TOKENS_PER_BLOCK = 512
-TOKEN_WARPS = 4
+TOKEN_WARPS = 8
 
 
 def unavailable_reason(device_type: str) -> str | None:

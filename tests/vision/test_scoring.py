@@ -332,6 +332,7 @@ def test_no_warning_when_the_image_stream_is_not_asked_for():
 
 def test_modes_generators_gradients_and_inputs_stay_as_they_were(rollout):
     model = copy.deepcopy(rollout.model).train()
+    own_logits(model, rollout.ids, rollout.mask, **rollout.inputs)  # towers may keep hooks from their first forward on
     model.lm_head.eval()
     model.lm_head.weight.requires_grad_(False)
     model.model.rope_deltas = deltas = torch.tensor([7])
