@@ -85,7 +85,7 @@ class Call:
 
     def finite(self, name: str, x: Tensor, where: Tensor) -> None:
         """Check that `x` is finite on the valid tokens."""
-        if self.validates and not bool(torch.isfinite(x)[where].all()):
+        if self.validates and bool((~torch.isfinite(x) & where).sum()):
             n = int((~torch.isfinite(x) & where).sum())
             fix = "look for a division by zero or an overflow upstream"
             self.fail(NonFiniteError, name, f"{n} NaN or infinite values on valid tokens", "finite values", fix)
@@ -96,7 +96,7 @@ class Call:
         A single value above 0 is rounding, or a difference that is bounded anyway; where all of them are, they are
         probabilities, or losses.
         """
-        if not self.validates:
+        if not self.validates or are_log_probs(x):
             return
         values = x[where]
         if values.numel() >= (8 if of_stream else 5) and bool((values > 0).all()):
@@ -110,11 +110,16 @@ class Call:
 
     def within(self, name: str, x: Tensor, lowest: int, highest: int, where: Tensor, meaning: str, fix: str) -> None:
         """Check that integers lie in `[lowest, highest]` on the valid tokens."""
-        if self.validates and x.numel():
+        if self.validates and x.numel() and not lowest <= int(x.amin()) <= int(x.amax()) <= highest:
             outside = ((x < lowest) | (x > highest)) & where
             if bool(outside.any()):
                 got = f"{int(outside.sum())} values such as {x[outside][0].item()}"
                 self.fail(RoleParseError, name, got, f"{meaning} in [{lowest}, {highest}] on valid tokens", fix)
+
+
+def are_log_probs(x: Tensor) -> bool:
+    """Say whether all of `x` is at most 0 and none of it NaN, in one quick pass: then nothing is left to look for."""
+    return not x.numel() or bool(x.detach().amax() <= 0)
 
 
 def _same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -147,7 +152,9 @@ def mask_of(call: Call, completion_mask: Any, layout: Layout) -> Tensor:
     if completion_mask is None:
         return torch.ones(layout.shape, dtype=torch.bool, device=call.device)
     call.tensor("completion_mask", completion_mask, [layout.shape], tokens(layout), "mask")
-    if call.validates and completion_mask.dtype != torch.bool:
+    if completion_mask.dtype == torch.bool:
+        return completion_mask
+    if call.validates:
         odd = (completion_mask != 0) & (completion_mask != 1)
         if bool(odd.any()):
             got = f"values such as {completion_mask[odd][0].item()}"
@@ -198,10 +205,10 @@ def contrast_streams(
             call.fail(ConfigError, live_name, f"{live_kind} together with {name}", "one of the two", fix)
         if given is not None:
             call.tensor(name, given, [layout.shape], tokens(layout), "float")
-            reads = f"reasoning_signal={credit.reasoning_signal!r} reads"
-            rows = credit.rows(stream, role_ids, mask)
-            scored(call, name, given, rows, reads)
-            call.log_probs(name, given, rows, of_stream=True)
+            if call.validates and not are_log_probs(given):
+                rows = credit.rows(stream, role_ids, mask)
+                scored(call, name, given, rows, f"reasoning_signal={credit.reasoning_signal!r} reads")
+                call.log_probs(name, given, rows, of_stream=True)
         if scored_here is not None and check_live is not None:
             check_live(live_name, scored_here)
         if stream in credit.streams and given is None and scored_here is None:

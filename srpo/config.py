@@ -132,7 +132,7 @@ class CreditConfig(_Ruled):
         reads = role_ids == (1 if stream == "corrupted" else 2)
         if stream == "corrupted" and self.reasoning_signal == "image_independence":
             reads = reads | (role_ids == 2)
-        return reads & (mask != 0)
+        return reads & mask.bool()
 
 
 @checked_fields

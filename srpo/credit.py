@@ -94,11 +94,15 @@ def role_contrast(
         contrast_kind=credit.contrast_kind,
         reasoning_signal=credit.reasoning_signal,
         contrast_clamp=credit.contrast_clamp,
-        strict_finite=credit.strict_finite,
     )
     checks.contrast_streams(call, plain, layout, roles, mask, streams)
     chosen = checks.backend_of(call, backend, logps.dtype)
-    contrast = run_credit(call, layout, mask, roles, None, plain, chosen, base=logps, streams=streams).contrast
+    dtype = compute_dtype(logps, chosen)
+    corrupted, ablated = (as_dtype(x, dtype) for x in streams)
+    contrast, no_value = ops.role_contrast(logps.to(dtype), corrupted, ablated, roles, mask, layout, plain.rule, chosen)
+    _refuse_no_value(call, credit, no_value)
+    if call.validates and not bool(no_value.any()):
+        return contrast
     lost, kept = (_read_and(kind, plain, roles, mask, streams) for kind in (is_not_scored, is_no_evidence))
     return torch.where(lost, not_scored(contrast), torch.where(contrast.isnan() & ~kept, 0.0, contrast))
 
@@ -157,11 +161,14 @@ def token_weights(
     elif credit.direction == "advantage":
         fix = "pass the advantages, or use direction='evidence'"
         call.fail(ConfigError, "advantages", "None", "advantages because direction='advantage'", fix)
-    checks.scored(call, "contrast", contrast, mask & ((roles == 1) | (roles == 2)), "role_contrast reads")
+    if call.validates and bool(contrast.detach().isnan().any()):
+        checks.scored(call, "contrast", contrast, mask & ((roles == 1) | (roles == 2)), "role_contrast reads")
     chosen = checks.backend_of(call, backend, contrast.dtype)
     if credit.strength == 0.0:
         return mask.to(compute_dtype(contrast, chosen))
     weights = run_credit(call, layout, mask, roles, advantages, credit, chosen, contrast=contrast).weights
+    if call.validates:
+        return weights
     # where values are not checked, a loss that is NaN says what nobody else can
     return torch.where(mask & ((roles == 1) | (roles == 2)) & is_not_scored(contrast), torch.nan, weights)
 
@@ -194,7 +201,7 @@ def token_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
     per_token = advantages[:, None] if advantages.dim() < weights.dim() else advantages
     # where: an advantage that is NaN on a masked token must not survive the multiplication by 0
     product = per_token.detach() * weights.detach()
-    return torch.where(weights == 0, torch.zeros_like(product), product)
+    return torch.where(weights == 0, 0.0, product)
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale: str = "group") -> Tensor:
@@ -267,11 +274,16 @@ def run_credit(
     )
     lost = mask.new_zeros(()) if call.validates else _read_and(is_not_scored, credit, role_ids, mask, streams).sum()
     result = Credit(found, weights, flags, baseline, lost)
-    if credit.strict_finite and bool(((result.flags & NO_VALUE) != 0).any()):
-        n = int(((result.flags & NO_VALUE) != 0).sum())
+    _refuse_no_value(call, credit, (result.flags & NO_VALUE) != 0)
+    return result
+
+
+def _refuse_no_value(call: checks.Call, credit: CreditConfig, no_value: Tensor) -> None:
+    """Refuse contrasts without a value where the settings ask for it; a sync."""
+    n = int(no_value.sum()) if credit.strict_finite else 0
+    if n:
         fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
         call.fail(NonFiniteError, "corrupted_logps or ablated_logps", f"{n} contrasts without a value", "none", fix)
-    return result
 
 
 def _read_and(

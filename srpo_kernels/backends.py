@@ -68,6 +68,22 @@ def token_credit(
     return contrast, weights, flags, baseline
 
 
+def role_contrast(
+    base: Tensor, corrupted: Tensor | None, ablated: Tensor | None, role_ids: Tensor, mask: Tensor,
+    cu_seqlens: Tensor | None, n_trajectories: int, rule: CreditRule, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the contrast per token, and where it has no value: what `token_credit` computes first."""
+    tensors = (None, base, corrupted, ablated, role_ids, mask)
+    if backend == "triton":
+        contrast, _, flags, _ = token_credit(*tensors, None, cu_seqlens, n_trajectories, rule, backend)
+        return contrast, (flags & reference.NO_VALUE) != 0
+    if cu_seqlens is None:
+        return reference.role_contrast(*tensors, rule)
+    padding = Layout(tuple(mask.shape), cu_seqlens).pad()
+    contrast, no_value = reference.role_contrast(*_padded(padding, tensors), rule=rule)
+    return padding.pack(contrast, mask.shape[0]), padding.pack(no_value, mask.shape[0])
+
+
 def policy_loss(
     logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None, importance_sampling_ratio: Tensor | None,
     advantages: Tensor, weights: Tensor, mask: Tensor, scale: Tensor, cu_seqlens: Tensor | None, rule: LossRule,

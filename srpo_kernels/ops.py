@@ -3,6 +3,7 @@
     row_statistics     logits -> logps, row_max, log_sum, entropy          differentiable in the first stream of logits
     logits_gradient    coefficients -> dlogits                             `logits_gradient_` overwrites its logits
     token_credit       contrasts -> contrast, weights, flags, baseline     never differentiable
+    role_contrast      log-probs -> contrast, where it has no value        the first part of it
     policy_loss        logps, weights, advantages -> loss, metric sums     differentiable in logps
 
 Each takes the backend as an argument; `backends.py` runs it.
@@ -153,6 +154,27 @@ def _(contrast, base, corrupted, ablated, role_ids, mask, advantages, cu_seqlens
     return *per_token, flags, mask.new_empty(n_trajectories, dtype=dtype)
 
 
+@torch.library.custom_op("srpo::role_contrast", mutates_args=())
+def _role_contrast(
+    base: Tensor,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    role_ids: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    n_trajectories: int,
+    rule: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tensors = (base, corrupted, ablated, role_ids, mask, cu_seqlens)
+    return backends.role_contrast(*tensors, n_trajectories, rules.credit_rule(rule), backend)
+
+
+@_role_contrast.register_fake
+def _(base, corrupted, ablated, role_ids, mask, cu_seqlens, n_trajectories, rule, backend):
+    return mask.new_empty(mask.shape, dtype=base.dtype), torch.empty_like(mask)
+
+
 @torch.library.custom_op("srpo::policy_loss", mutates_args=())
 def _policy_loss(
     logps: Tensor,
@@ -237,6 +259,21 @@ def token_credit(
     tensors = (contrast, base, corrupted, ablated, role_ids, mask, advantages)
     flat = (None if x is None else x.detach().contiguous() for x in tensors)
     return torch.ops.srpo.token_credit(*flat, layout.cu_seqlens, layout.n_trajectories, rule, backend)
+
+
+def role_contrast(
+    base: Tensor,
+    corrupted: Tensor | None,
+    ablated: Tensor | None,
+    role_ids: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    rule: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the contrast in the shape of the tokens, detached, and where it has no value."""
+    flat = (None if x is None else x.detach().contiguous() for x in (base, corrupted, ablated, role_ids, mask))
+    return torch.ops.srpo.role_contrast(*flat, layout.cu_seqlens, layout.n_trajectories, rule, backend)
 
 
 def policy_loss(

@@ -62,6 +62,8 @@ def test_opcheck_token_credit(backend, packed):
     arguments = (None, shaped["old_logps"], shaped["corrupted_logps"], shaped["ablated_logps"], shaped["role_ids"],
                  mask.flatten() if packed else mask, None, cu, 2, CREDIT, backend)  # fmt: skip
     opcheck(torch.ops.srpo.token_credit.default, arguments)
+    _, *streams, roles, valid, _, cu, rows, rule, backend = arguments
+    opcheck(torch.ops.srpo.role_contrast.default, (*streams, roles, valid, cu, rows, rule, backend))
 
 
 @pytest.mark.parametrize("packed", [False, True])
