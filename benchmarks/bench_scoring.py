@@ -2,11 +2,13 @@
 
     python benchmarks/bench_scoring.py [--group 8] [--prompt 1100] [--completion 128] [--repeats 3]
     python benchmarks/bench_scoring.py --sweep [--json] [--plot]
+    python benchmarks/bench_scoring.py --rounding
 
 The model is a Qwen2.5-VL of six layers with random weights. Two prompts, each mostly picture, are answered by `group`
 rollouts each; half of a completion is perception, half reasoning. Columns, head rows and pictures are counted by hooks
 while a case runs, and tell what to expect: time follows the columns that go through the decoder. Equality with plain
-forwards is checked before anything is timed.
+forwards is checked before anything is timed. `--rounding` shows what bf16 does instead of timing: by how much roads
+differ, in log-probs, contrasts and weights.
 """
 
 import argparse
@@ -26,14 +28,14 @@ from tabulate import tabulate
 from torch import Tensor
 from trl.trainer.utils import selective_log_softmax
 
-from srpo import PatchMask, PixelLayout, score_streams
+from srpo import PatchMask, PixelLayout, role_contrast, score_streams, token_weights
 from srpo.vision import scoring
 from srpo.vision.prefix import Proofs
 
 IMAGE, VISION_START, VISION_END, VIDEO = 5, 6, 7, 8  # ids
 PATCH, MERGE = 14, 2  # pixels per patch, patches per side of an image token
 VOCABULARY, HIDDEN, PROMPTS = 8192, 512, 2
-SWEEP = {"group": (1, 4, 8, 16), "prompt": (300, 1100, 2500), "completion": (128, 512)}
+SWEEP = {"group": (1, 4, 8, 16), "prompt": (300, 1100, 2500), "completion": (128, 256, 512)}
 CASES = ("three forwards", "one forward", "one forward, TRL's log-probs", "whole sequences", "shared prompts")
 
 
@@ -110,9 +112,9 @@ def road(model: Any, shares: bool):
         scoring.PROOFS = before
 
 
-def ours(model: Any, inputs: dict[str, Tensor], roles: Tensor, shares: bool) -> Any:
+def ours(model: Any, inputs: dict[str, Tensor], roles: Tensor, shares: bool, **settings: Any) -> Any:
     """Run `score_streams`."""
-    rest = dict(inputs)
+    rest = inputs | settings
     ids, mask = rest.pop("input_ids"), rest.pop("attention_mask")
     with road(model, shares):
         return score_streams(model, ids, mask, roles.shape[1], role_ids=roles, **rest)
@@ -174,6 +176,35 @@ def check(model: Any, inputs: dict[str, Tensor], roles: Tensor) -> float:
     if largest > 1e-4:
         raise SystemExit(f"streams differ from plain forwards by {largest:.1e} nats: nothing is timed")
     return largest
+
+
+def rounding(model: Any, inputs: dict[str, Tensor], roles: Tensor) -> str:
+    """Return a table of what several ways to compute the same thing in bf16 differ by."""
+    model, T = model.bfloat16(), roles.shape[1]
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    whole, shared = (ours(model, inputs, roles, shares) for shares in (False, True))
+    others = {
+        "shared prompts": shared,
+        "whole sequences, one at a time": ours(model, inputs, roles, False, batch_size=1),
+        "clean: TRL's log-probs": whole._replace(logps=forward(model, inputs, T, trl=True).float()),
+        "clean: shared prompts, contrasts: whole": whole._replace(logps=shared.logps),
+    }
+
+    def contrast_and_weights(streams: Any) -> tuple[Tensor, Tensor]:
+        c = role_contrast(
+            streams.logps, corrupted_logps=streams.corrupted_logps, ablated_logps=streams.ablated_logps, role_ids=roles
+        )
+        return c, token_weights(c, roles)
+
+    contrast, weights = contrast_and_weights(whole)
+    lines: list[list[Any]] = []
+    for name, streams in others.items():
+        c, w = contrast_and_weights(streams)
+        gaps = (streams.logps - whole.logps, c - contrast, w - weights)
+        lines.append([name, *(float(f(gap.abs())) for gap in gaps for f in (torch.mean, torch.max))])
+    headers = ["against whole sequences", "log-probs: mean", "max", "contrasts: mean", "max", "weights: mean", "max"]
+    about = f"bf16, in nats; contrasts {contrast.abs().mean():.3f} on average, weights between .8 and 1.2"
+    return f"{about}\n{tabulate(lines, headers, floatfmt='.4f')}\n"
 
 
 def run(model: Any, group: int, prompt: int, T: int, repeats: int) -> dict[str, Any]:
@@ -256,11 +287,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--group", type=int, default=8, help="rollouts per prompt")
     parser.add_argument("--prompt", type=int, default=1100, help="tokens of a prompt")
-    parser.add_argument("--completion", type=int, default=128, help="tokens of a completion")
+    parser.add_argument("--completion", type=int, default=256, help="tokens of a completion")
     parser.add_argument("--sweep", action="store_true", help="vary each size around the others")
+    parser.add_argument("--rounding", action="store_true", help="compare the roads in bf16, and time nothing")
     parser.add_argument("--json", action="store_true", help="keep the results under benchmarks/results")
     parser.add_argument("--plot", action="store_true", help="draw the sweep that is kept there")
     options = parser.parse_args()
+    if options.rounding:
+        print(rounding(build(), *make_inputs(options.group, options.prompt, options.completion)))
+        return
     where = environment(torch.device("cpu"))
     path = RESULTS / "scoring" / path_of(where["device"]).name
     found = []
