@@ -61,7 +61,8 @@ def _run_demo(options: argparse.Namespace) -> int:
         package = "trl" if missing in ("trl", "datasets") else DEMO_PACKAGES.get(missing)
         if package is None:
             raise
-        print(f"python -m srpo demo needs {package}: pip install 'srpo[{extras}]'", file=sys.stderr)
+        fix = f"pip install -e '.[{extras}]' in a checkout of srpo"
+        print(f"python -m srpo demo needs {package}: {fix}", file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the tables use block characters
@@ -86,17 +87,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    return _int_from(1, text)
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
-    return value
+    return _int_from(0, text)
+
+
+def _int_from(lowest: int, text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {lowest}")
+    return int(text)
 
 
 def _version(package: str) -> str:

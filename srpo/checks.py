@@ -5,7 +5,8 @@ was called, which argument, what it got, what was expected, and one fix.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,9 @@ from srpo.streams import STREAMS, Streams, is_not_scored
 from srpo_kernels import launch
 from srpo_kernels.layout import Layout
 
+# Where the tensor is in what people pass for one: a RoleParse, a head, the output of a model, SelectedLogps.
+_PARTS = ("role_ids", "weight", "logits", "last_hidden_state", "logps")
+
 
 class Call:
     """Check the arguments of one call of a public function.
@@ -39,10 +43,18 @@ class Call:
         device_of: the tensor whose device all others must share.
         validate_values: True checks values everywhere, False nowhere, None where it needs no sync (CPU tensors) or
             when the environment has `SRPO_VALIDATE=1`.
+        names: what the function calls its arguments where the checks have another name for them.
     """
 
-    def __init__(self, function: str, device_of: Any, argument: str, validate_values: bool | None = None) -> None:
-        self.function = function
+    def __init__(
+        self,
+        function: str,
+        device_of: Any,
+        argument: str,
+        validate_values: bool | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.function, self.names = function, names or {}
         if not isinstance(device_of, Tensor):
             self.fail(DtypeError, argument, describe(device_of), "a torch.Tensor", "convert it with torch.as_tensor")
         self.device = device_of.device
@@ -52,13 +64,19 @@ class Call:
         self.validates = validate_values and not torch.compiler.is_compiling()
 
     def fail(self, error: type[SRPOError], argument: str, got: str, expected: str, fix: str) -> NoReturn:
-        """Raise `error` with the house message."""
+        """Raise `error` with the house message, in the caller's names."""
+        argument, expected, fix = (re.sub(r"\w+", self._renamed, text) for text in (argument, expected, fix))
         refuse(error, self.function, argument, got, expected, fix)
+
+    def _renamed(self, word: re.Match[str]) -> str:
+        return self.names.get(word[0], word[0])
 
     def tensor(self, name: str, x: Any, shapes: list[tuple[int, ...]], layout: str, kind: str) -> None:
         """Check type, sharding, rank, size, dtype kind (`"float"`, `"int"`, `"mask"`) and device of one tensor."""
         if not isinstance(x, Tensor):
-            self.fail(DtypeError, name, describe(x), f"a torch.Tensor {layout}", "convert it with torch.as_tensor")
+            inside = next((part for part in _PARTS if isinstance(getattr(x, part, None), Tensor)), None)
+            fix = f"pass its .{inside}" if inside else "convert it with torch.as_tensor"
+            self.fail(DtypeError, name, describe(x), f"a torch.Tensor {layout}", fix)
         if type(x).__name__ == "DTensor":
             fix = f"pass {name}.full_tensor()"
             if name in ("lm_head_weight", "bias"):  # a bare full_tensor() drops the gradients of the other ranks

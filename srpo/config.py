@@ -6,12 +6,12 @@ Both are frozen and checked when constructed. Tensors never live here.
 import warnings
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from srpo.errors import ConfigError, ConfigWarning, check_fields, checked_fields, refuse, require
+from srpo.errors import ConfigError, ConfigWarning, Table, check_fields, checked_fields, refuse, require
 from srpo.streams import STREAMS
 from srpo_kernels.rules import CreditRule, LossRule
 
@@ -144,7 +144,9 @@ class LossConfig(_Ruled):
         loss_type: reduction (`"dapo"`, `"grpo"`, `"bnpo"`, `"dr_grpo"`) or `"cispo"`.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range; for `"cispo"` the upper bound of the ratio itself (5.0 in TRL's notes).
-        delta: upper bound of the unclipped ratio (two-sided clipping, verl's dual clip); None switches it off.
+        delta: upper bound of the unclipped ratio (two-sided clipping, TRL's); None switches it off. From
+            `1 + epsilon_high` on it is verl's dual clip, `clip_ratio_c`; below, negative advantages are cut at
+            `1 + epsilon_high` here and at `clip_ratio_c` there, and positive ones only here.
         beta: weight of the KL term; needs `ref_logps` when not 0.
         importance_sampling_level: `"token"` or `"sequence_token"` (GSPO-token).
         temperature: sampling temperature; logits are divided by it. Log-probs that are passed in already carry it.
@@ -154,9 +156,21 @@ class LossConfig(_Ruled):
         ConfigError: a value is outside its range, or `importance_sampling_level="sequence"`, under which token
             weights with mean 1 cancel in value and gradient.
 
+    TRL's rules hold where libraries differ: a sequence without tokens counts as a loss of 0 in the means of `"grpo"`
+    (verl leaves it out), and log-ratios are capped at 60, where a ratio carries no information any more (verl caps
+    them at 20, those of a sequence at 10).
+
     Source: TRL `GRPOTrainer`; DAPO arXiv 2503.14476; Dr. GRPO arXiv 2503.20783; CISPO arXiv 2506.13585;
         GSPO arXiv 2507.18071.
     """
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = {
+        "epsilon": "epsilon_low (and epsilon_high, which is TRL's epsilon by default)",
+        "clip_ratio_low": "epsilon_low",
+        "clip_ratio_high": "epsilon_high",
+        "clip_ratio_c": "delta",
+        "kl_coef": "beta",
+    }
 
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] = "dapo"
     epsilon_low: float = 0.2
@@ -192,13 +206,16 @@ def check_stream(function: str, stream: Any) -> None:
 
 
 PRESETS: MappingProxyType[str, CreditConfig] = MappingProxyType(
-    {
-        "grpo": CreditConfig(strength=0.0),
-        "srpo": CreditConfig(),
-        "srpo_wide": CreditConfig(weight_min=0.5, weight_max=2.0),
-        "srpo_one_pass": CreditConfig(reasoning_signal="image_independence"),
-        "srpo_signed": CreditConfig(direction="advantage", normalize="none"),
-        "srpo_kl": CreditConfig(contrast_kind="k3"),
-    }
+    Table(
+        "PRESETS",
+        {
+            "grpo": CreditConfig(strength=0.0),
+            "srpo": CreditConfig(),
+            "srpo_wide": CreditConfig(weight_min=0.5, weight_max=2.0),
+            "srpo_one_pass": CreditConfig(reasoning_signal="image_independence"),
+            "srpo_signed": CreditConfig(direction="advantage", normalize="none"),
+            "srpo_kl": CreditConfig(contrast_kind="k3"),
+        },
+    )
 )
 """The credit stage by name: `role_weighted_grpo_loss(..., credit=PRESETS["srpo_one_pass"])`."""

@@ -4,8 +4,10 @@ Each error is also the built-in exception it resembles, so `except ValueError` k
 called, which argument, what it got, what it expected, and one fix: `refuse` is the one place that writes it.
 """
 
+import difflib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, get_args, get_origin
 
@@ -30,6 +32,12 @@ class DeviceError(SRPOError, ValueError):
 
 class ConfigError(SRPOError, ValueError):
     """A setting, or a combination of arguments, has no meaning."""
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A table of names, such as `PRESETS`, does not hold this one."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
 class KernelUnavailableError(SRPOError, RuntimeError):
@@ -62,6 +70,24 @@ def house_message(function: str, argument: str, got: str, expected: str, fix: st
     return f"{function}(): {argument} got {got}, expected {expected}; {fix}."
 
 
+def nearest(name: object, known: Iterable[str], default: str) -> str:
+    """Return the known name that was probably meant: a close one, else `default`."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)), default)
+
+
+class Table(dict[str, Any]):
+    """Settings by name; an unknown name is a typed error with the nearest one. `title` is what the table is called."""
+
+    def __init__(self, title: str, entries: dict[str, Any]) -> None:
+        super().__init__(entries)
+        self._title = title
+
+    def __missing__(self, name: object) -> NoReturn:
+        expected = "one of " + ", ".join(map(repr, self))
+        close = nearest(name, self, next(iter(self)))
+        raise UnknownNameError(f"{self._title}[...]: the name got {name!r}, expected {expected}; write {close!r}.")
+
+
 def describe(x: Any) -> str:
     """Return dtype and shape of a tensor, or type and value of anything else."""
     if isinstance(x, Tensor):
@@ -92,7 +118,8 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 def checked_fields(cls: type[_T]) -> type[_T]:
     """Decorate a settings dataclass: read off its annotations what `check_fields` asks of each field.
 
-    Once for the class: torch.compile can follow the checks of an instance, not the annotations.
+    Once for the class: torch.compile can follow the checks of an instance, not the annotations. A name that is no field
+    is refused with the nearest one; `cls.OTHER_NAMES` knows what other libraries call a field.
     """
     rules = []
     for field in fields(cls):  # pyright: ignore[reportArgumentType]
@@ -102,6 +129,19 @@ def checked_fields(cls: type[_T]) -> type[_T]:
         elif field.type in _KINDS:
             rules.append((field.name, None, *_KINDS[field.type]))
     cls._field_rules = tuple(rules)  # pyright: ignore[reportAttributeAccessIssue]
+    names = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+    inner = cls.__init__
+
+    @functools.wraps(inner)
+    def init(self: Any, *arguments: Any, **settings: Any) -> None:
+        for name, value in settings.items():
+            if name not in names:
+                meant = getattr(cls, "OTHER_NAMES", {}).get(name) or nearest(name, names, "")
+                fix = f"write {meant}" if meant else "leave it out"
+                refuse(ConfigError, cls.__name__, name, describe(value), "a setting: " + ", ".join(names), fix)
+        inner(self, *arguments, **settings)
+
+    cls.__init__ = init
     return cls
 
 

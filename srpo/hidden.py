@@ -225,7 +225,7 @@ def selected_logps_from_hidden(
         >>> selected_logps_from_hidden(hidden, head.weight, torch.randint(100, (2, 6))).shape
         torch.Size([2, 6])
     """
-    call = checks.Call("selected_logps_from_hidden", hidden, "hidden", validate_values)
+    call = checks.Call("selected_logps_from_hidden", hidden, "hidden", validate_values, {"completion_mask": "mask"})
     checks.temperature(call, temperature)
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
     one = torch.arange(2, device=call.device) * completion_ids.numel() if packed else None

@@ -269,7 +269,7 @@ def selected_logps(
         >>> bool((selected_logps(logits, ids, return_entropy=True).entropy > 0).all())
         True
     """
-    call = checks.Call("selected_logps", logits, "logits", validate_values)
+    call = checks.Call("selected_logps", logits, "logits", validate_values, {"completion_mask": "mask"})
     checks.temperature(call, temperature)
     packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
     one = torch.arange(2, device=logits.device) * completion_ids.numel() if packed else None

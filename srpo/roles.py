@@ -7,27 +7,17 @@ special token.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+import warnings
+from typing import Any, NamedTuple, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from srpo.errors import ConfigError, DtypeError, RoleParseError, ShapeError
+from srpo.errors import ConfigWarning, DtypeError, RoleParseError, ShapeError, SRPOError, refuse
+from srpo.grammar import Mark, Marks, Role, RoleGrammar
 
-_TAG_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
-
-
-class Role(IntEnum):
-    """Name what a completion token does; the values are those of `role_ids`."""
-
-    OTHER = 0
-    PERCEPTION = 1
-    REASONING = 2
+__all__ = ["Role", "RoleGrammar", "RoleParse", "Tokenizer", "role_ids_from_completions"]
 
 
 class Tokenizer(Protocol):
@@ -38,57 +28,6 @@ class Tokenizer(Protocol):
     def __len__(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class RoleGrammar:
-    """Say which tags carry which role.
-
-    Args:
-        perception_tags: names whose `<name> ... </name>` spans are perception; matched without regard to case.
-        reasoning_tags: names whose spans are reasoning.
-        answer_tags: names whose spans get `answer_role`; may be empty.
-        answer_role: role of answer tokens.
-        strict: True makes a response with a tag that is never closed, or closed but never opened, unstructured
-            (every role 0) instead of letting the span run to the last valid token.
-
-    Raises:
-        ConfigError: a name that is empty, repeated or not made of ASCII letters, digits and `_.:-`; a role without
-            names.
-    """
-
-    perception_tags: tuple[str, ...] = (
-        "perception",
-        "description",
-        "info",
-        "caption",
-        "observe",
-        "observation",
-        "visual",
-        "look",
-        "see",
-    )
-    reasoning_tags: tuple[str, ...] = ("think", "reasoning", "reason", "analysis")
-    answer_tags: tuple[str, ...] = ("answer", "conclusion")
-    answer_role: Role = Role.REASONING
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for field in ("perception_tags", "reasoning_tags", "answer_tags"):
-            names = getattr(self, field)
-            if not isinstance(names, tuple) or not (names or field == "answer_tags"):
-                _refuse(field, names, "a tuple of tag names", f"write {field}=('name',)")
-            for name in names:
-                if not isinstance(name, str) or not _TAG_NAME.fullmatch(name):
-                    _refuse(field, name, "names of ASCII letters, digits and _.:-", "drop brackets and spaces")
-                if name.lower() in seen:
-                    _refuse(field, name, "each name once over all roles (case is ignored)", "remove one of the two")
-                seen.add(name.lower())
-        if not isinstance(self.answer_role, Role):
-            _refuse("answer_role", self.answer_role, "a Role", "pass Role.REASONING, Role.PERCEPTION or Role.OTHER")
-        if not isinstance(self.strict, bool):
-            _refuse("strict", self.strict, "a bool", "pass strict=True or strict=False")
-
-
 class RoleParse(NamedTuple):
     """Hold the parsed roles of a batch of completions.
 
@@ -96,11 +35,19 @@ class RoleParse(NamedTuple):
         role_ids: [B, T] int8, values of `Role`; tag tokens and masked tokens are 0.
         parsed: [B] bool, True where at least one perception token and one reasoning token exist.
         unclosed: [B] bool, True where an opened tag was never closed (truncated or malformed responses).
+        stray: [B] bool, True where a tag was closed that nothing had opened.
     """
 
     role_ids: torch.Tensor
     parsed: torch.Tensor
     unclosed: torch.Tensor
+    stray: torch.Tensor
+
+    @classmethod
+    def of(cls, role_ids: torch.Tensor) -> RoleParse:
+        """Return the parse of roles `[B, T]` that were found in another way."""
+        both = (role_ids == Role.PERCEPTION).any(dim=1) & (role_ids == Role.REASONING).any(dim=1)
+        return cls(role_ids, both, torch.zeros_like(both), torch.zeros_like(both))
 
 
 def role_ids_from_completions(
@@ -108,7 +55,7 @@ def role_ids_from_completions(
     tokenizer: Tokenizer,
     *,
     completion_mask: torch.Tensor | None = None,
-    grammar: RoleGrammar = RoleGrammar(),
+    grammar: RoleGrammar = RoleGrammar(),  # noqa: B008 - frozen
 ) -> RoleParse:
     """Label every completion token as perception, reasoning or other.
 
@@ -145,32 +92,14 @@ def role_ids_from_completions(
     table = _piece_table(tokenizer)
     ids = np.minimum(ids, table.size)
     table.add(ids[valid], tokenizer)
-    tags = _TagSet.of(grammar)
     role_ids = np.zeros(ids.shape, dtype=np.int8)
-    unclosed = np.zeros(len(ids), dtype=bool)
+    unclosed, stray = np.zeros((2, len(ids)), dtype=bool)
     for row, row_valid in enumerate(valid):
         row_ids = ids[row, row_valid]
-        role_ids[row, row_valid], unclosed[row] = _row_roles(table, row_ids, tags)
+        role_ids[row, row_valid], unclosed[row], stray[row] = _row_roles(table, row_ids, grammar)
     parsed = (role_ids == Role.PERCEPTION).any(axis=1) & (role_ids == Role.REASONING).any(axis=1)
     device = completion_ids.device
-    return RoleParse(*(torch.from_numpy(array).to(device) for array in (role_ids, parsed, unclosed)))
-
-
-class _TagSet(NamedTuple):
-    pattern: re.Pattern[str]
-    roles: dict[str, Role]
-    strict: bool
-
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def of(grammar: RoleGrammar) -> _TagSet:
-        roles = {name.lower(): Role.PERCEPTION for name in grammar.perception_tags}
-        roles |= {name.lower(): Role.REASONING for name in grammar.reasoning_tags}
-        roles |= {name.lower(): grammar.answer_role for name in grammar.answer_tags}
-        names = "|".join(map(re.escape, roles))
-        # Possessive `*+` keeps long runs of spaces linear; without ASCII, "<thin\u212a>" (Kelvin sign) would match.
-        pattern = re.compile(rf"<\s*+(/?)\s*+({names})\s*+>", re.IGNORECASE | re.ASCII)
-        return _TagSet(pattern, roles, grammar.strict)
+    return RoleParse(*(torch.from_numpy(array).to(device) for array in (role_ids, parsed, unclosed, stray)))
 
 
 class _OpenTags:
@@ -201,34 +130,86 @@ class _OpenTags:
         return self._stack[-1][1] if self._stack else None
 
 
-def _row_roles(table: _PieceTable, ids: np.ndarray, tags: _TagSet) -> tuple[np.ndarray, bool]:
-    """Return the roles [n] of one response's valid tokens, and whether a tag was left open."""
+_FAILED: WeakKeyDictionary[Tokenizer, dict[RoleGrammar, int]] = WeakKeyDictionary()
+_FIRST_ROLLOUTS = 3
+
+
+def warn_of_roles_that_never_parse(
+    failures: float,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor | None,
+    tokenizer: Tokenizer,
+    grammar: RoleGrammar,
+) -> None:
+    """Warn once where the first rollouts that a grammar sees hold no completion with both roles.
+
+    Args:
+        failures: share of the completions of this rollout that lack a role, over all ranks.
+        completion_ids, completion_mask: of the rollout, for a sample.
+        tokenizer: of the policy; counts are kept for as long as it lives.
+        grammar: that was used.
+    """
+    try:
+        counts = _FAILED.setdefault(tokenizer, {})
+    except TypeError:  # no weak references, or not hashable
+        return
+    n = counts.get(grammar, 0)
+    if not 0 <= n < _FIRST_ROLLOUTS:
+        return
+    counts[grammar] = n + 1 if failures == 1.0 else -1
+    is_first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if counts[grammar] < _FIRST_ROLLOUTS or not is_first_rank:
+        return
+    valid = torch.ones_like(completion_ids, dtype=torch.bool) if completion_mask is None else completion_mask != 0
+    row = int(valid.sum(dim=1).argmax())
+    text = _decode(tokenizer, completion_ids[row][valid[row]].tolist())
+    shown = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+    names = ", ".join((*grammar.perception_tags, *grammar.reasoning_tags, *grammar.answer_tags))
+    message = (
+        f"srpo: no completion of the first {n + 1} rollouts has perception and reasoning, so that training is plain "
+        f"GRPO while streams are scored. RoleGrammar(form={grammar.form!r}) looks for {names}; a completion reads "
+        f"{shown!r}. Ask for the format in the prompt, give the names to role_grammar (opens_with= where the template "
+        "opens a tag), or pass a role_func."
+    )
+    warnings.warn(message, ConfigWarning, stacklevel=3)
+
+
+def _row_roles(table: _PieceTable, ids: np.ndarray, grammar: RoleGrammar) -> tuple[np.ndarray, bool, bool]:
+    """Return the roles [n] of one response's valid tokens, whether a tag was left open, and closed without opening."""
     text = "".join(table.pieces[ids])
-    open_tags = _OpenTags()
-    gap_roles = [Role.OTHER]  # gap g lies between tag g-1 and tag g
-    tag_starts: list[int] = []
-    tag_ends: list[int] = []
-    orphan_close = False
-    for match in tags.pattern.finditer(text):
-        name = match[2].lower()
-        if not match[1]:
-            open_tags.open(name, tags.roles[name])
-        elif not open_tags.close(name):
-            orphan_close = True
-        tag_starts.append(match.start())
-        tag_ends.append(match.end())
-        gap_roles.append(open_tags.innermost() or Role.OTHER)
-    unclosed = open_tags.innermost() is not None
-    if tags.strict and (unclosed or orphan_close):
-        return np.zeros(len(ids), dtype=np.int8), unclosed
+    gap_roles, marks, unclosed, stray = _spans(text, grammar)
+    if grammar.strict and (unclosed or stray):
+        return np.zeros(len(ids), dtype=np.int8), unclosed, stray
 
     ends = np.cumsum(table.lengths[ids], dtype=np.int64)
     starts = ends - table.lengths[ids]
-    gap = np.searchsorted(np.array(tag_ends, dtype=np.int64), starts, side="right")
-    next_tag_start = np.array([*tag_starts, len(text) + 1], dtype=np.int64)[gap]
+    gap = np.searchsorted(np.array([mark.end for mark in marks], dtype=np.int64), starts, side="right")
+    next_mark = np.array([*(mark.start for mark in marks), len(text) + 1], dtype=np.int64)[gap]
     roles = np.array(gap_roles, dtype=np.int8)[gap]
-    roles[(next_tag_start < ends) | (ids == table.size)] = Role.OTHER
-    return roles, unclosed
+    roles[(next_mark < ends) | (ids == table.size)] = Role.OTHER
+    return roles, unclosed, stray
+
+
+def _spans(text: str, grammar: RoleGrammar) -> tuple[list[Role], list[Mark], bool, bool]:
+    """Return the role of each gap between marks (gap g lies before mark g), the marks, and what was wrong with them."""
+    found = Marks.of(grammar)
+    marks, headings, stray = found.find(text), grammar.form == "headings", False
+    open_tags = _OpenTags()
+    if grammar.opens_with is not None and text:
+        name = grammar.opens_with.casefold()
+        again = marks and marks[0].name == name and not marks[0].closes and not text[: marks[0].start].strip()
+        if not again:
+            open_tags.open(name, found.roles[name])
+    gap_roles = [open_tags.innermost() or Role.OTHER]
+    for mark in marks:
+        if headings:
+            open_tags = _OpenTags()  # a heading ends the one before it
+        if not mark.closes:
+            open_tags.open(mark.name, found.roles[mark.name])
+        elif not open_tags.close(mark.name):
+            stray = True
+        gap_roles.append(open_tags.innermost() or Role.OTHER)
+    return gap_roles, marks, open_tags.innermost() is not None and not headings, stray
 
 
 class _PieceTable:
@@ -249,10 +230,8 @@ class _PieceTable:
     def add(self, ids: np.ndarray, tokenizer: Tokenizer) -> None:
         """Decode the ids that are not in the table yet."""
         if (ids < 0).any():
-            raise RoleParseError(
-                f"role_ids_from_completions(): completion_ids got the valid id {ids.min()}, expected ids of at "
-                f"least 0; set completion_mask to 0 where ids are padding"
-            )
+            fix = "set completion_mask to 0 where ids are padding"
+            _refuse(RoleParseError, "completion_ids", f"the valid id {ids.min()}", "ids of at least 0", fix)
         for index in np.unique(ids[~self._known[ids]]).tolist():
             piece = _continuation(tokenizer, index, self._anchor)
             if self._spaces_are_separators:
@@ -267,10 +246,8 @@ _TABLES: WeakKeyDictionary[Tokenizer, _PieceTable] = WeakKeyDictionary()
 
 def _piece_table(tokenizer: Tokenizer) -> _PieceTable:
     if not (callable(getattr(tokenizer, "decode", None)) and hasattr(tokenizer, "__len__")):
-        raise RoleParseError(
-            f"role_ids_from_completions(): tokenizer got {type(tokenizer).__name__}, expected an object with decode() "
-            f"and len(); pass processor.tokenizer"
-        )
+        expected = "an object with decode() and len()"
+        _refuse(RoleParseError, "tokenizer", type(tokenizer).__name__, expected, "pass processor.tokenizer")
     try:
         table = _TABLES.get(tokenizer)
     except TypeError:  # no weak references, or not hashable: correct, but decoded anew on each call
@@ -305,29 +282,25 @@ def _continuation(tokenizer: Tokenizer, index: int, anchor: tuple[int, str] | No
 def _checked_arrays(completion_ids: Any, completion_mask: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return ids [B, T] int64 and the validity mask [B, T] bool."""
     if not isinstance(completion_ids, torch.Tensor):
-        raise DtypeError(_message("completion_ids", type(completion_ids).__name__, "a tensor [B, T]", "pad and stack"))
+        _refuse(DtypeError, "completion_ids", type(completion_ids).__name__, "a tensor [B, T]", "pad and stack")
     dtype = completion_ids.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise DtypeError(_message("completion_ids", dtype, "integer token ids", "call .long()"))
+        _refuse(DtypeError, "completion_ids", str(dtype), "integer token ids", "call .long()")
     if completion_ids.ndim != 2:
         shape = list(completion_ids.shape)
-        raise ShapeError(_message("completion_ids", f"shape {shape}", "[B, T]", "add the batch dimension with [None]"))
+        _refuse(ShapeError, "completion_ids", f"shape {shape}", "[B, T]", "add the batch dimension with [None]")
     ids = completion_ids.detach().cpu().numpy().astype(np.int64)
     if completion_mask is None:
         return ids, np.ones(ids.shape, dtype=bool)
     if not isinstance(completion_mask, torch.Tensor):
-        raise DtypeError(_message("completion_mask", type(completion_mask).__name__, "a tensor [B, T]", "stack it"))
+        _refuse(DtypeError, "completion_mask", type(completion_mask).__name__, "a tensor [B, T]", "stack it")
     if completion_mask.shape != completion_ids.shape:
         got, expected = (f"shape {list(t.shape)}" for t in (completion_mask, completion_ids))
-        raise ShapeError(_message("completion_mask", got, expected, "cut it to the completion columns"))
+        _refuse(ShapeError, "completion_mask", got, expected, "cut it to the completion columns")
     if bool(((completion_mask != 0) & (completion_mask != 1)).any()):
-        raise RoleParseError(_message("completion_mask", "values other than 0 and 1", "0/1", "pass (mask != 0)"))
+        _refuse(RoleParseError, "completion_mask", "values other than 0 and 1", "0/1", "pass (mask != 0)")
     return ids, (completion_mask != 0).detach().cpu().numpy()
 
 
-def _message(argument: str, got: object, expected: str, fix: str) -> str:
-    return f"role_ids_from_completions(): {argument} got {got}, expected {expected}; {fix}"
-
-
-def _refuse(field: str, got: object, expected: str, fix: str) -> None:
-    raise ConfigError(f"RoleGrammar(): {field} got {got!r}, expected {expected}; {fix}")
+def _refuse(error: type[SRPOError], argument: str, got: str, expected: str, fix: str) -> NoReturn:
+    refuse(error, "role_ids_from_completions", argument, got, expected, fix)

@@ -7,7 +7,7 @@ trainer that scores at one place and weighs at another calls `role_ids_from_comp
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,13 @@ from srpo.config import CreditConfig
 from srpo.credit import Credit, run_credit, token_advantages
 from srpo.methods import Method
 from srpo.metrics import MetricSums, credit_sums, loss_sums
-from srpo.roles import Role, RoleParse, Tokenizer, role_ids_from_completions
+from srpo.roles import (
+    Role,
+    RoleParse,
+    Tokenizer,
+    role_ids_from_completions,
+    warn_of_roles_that_never_parse,
+)
 from srpo.settings import CreditSettings
 from srpo.streams import STREAMS, Streams, is_not_scored
 from srpo_kernels.layout import Layout
@@ -37,6 +43,7 @@ class ScoredStreams(Protocol):
     def entropy(self) -> Tensor | None: ...
 
 
+RoleFunction = Callable[[Tensor, Tensor], Tensor]
 Scorer = Callable[[Tensor, CreditConfig | Method], ScoredStreams]
 
 
@@ -74,6 +81,7 @@ def credit_rollout(
     settings: CreditSettings = CreditSettings(),  # noqa: B008 - frozen
     step: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    role_func: RoleFunction | None = None,
 ) -> CreditedRollout:
     """Parse the roles of a rollout, let its streams be scored, and multiply token weights into its advantages.
 
@@ -90,8 +98,12 @@ def credit_rollout(
         step: optimisation steps done, from which the strength of the weights may depend.
         gather: gathers a vector `[K]` of every rank as `[ranks, K]`, for metrics of all ranks in one collective; every
             rank must call. None: this rank alone.
+        role_func: called with `completion_ids` and the mask as bool, returns role ids `[B, T]` in the place of those
+            that `settings.role_grammar` finds.
 
     Returns: CreditedRollout. A credit that reads no stream leaves the advantages as they are, and calls nothing.
+
+    Warns: ConfigWarning, once, where the grammar finds both roles in no completion of the first three rollouts.
 
     Gradient: none.
 
@@ -119,14 +131,20 @@ def credit_rollout(
         mask = checks.mask_of(call, completion_mask, layout)
         per_token = torch.where(mask, checks.advantages_of(call, advantages, mask, layout), 0.0)
         return CreditedRollout(per_token, mask.float(), {}, None, None)
-    parse = role_ids_from_completions(
-        completion_ids, tokenizer, completion_mask=completion_mask, grammar=settings.role_grammar
-    )
+    grammar = settings.role_grammar
+    if role_func is None:
+        parse = role_ids_from_completions(completion_ids, tokenizer, completion_mask=completion_mask, grammar=grammar)
+    else:
+        mask = torch.ones_like(completion_ids, dtype=torch.bool) if completion_mask is None else completion_mask != 0
+        parse = RoleParse.of(role_func(completion_ids, mask))
     streams = score(parse.role_ids, credit)
     weighed = weigh_rollout(
         streams, parse.role_ids, advantages, completion_mask=completion_mask, credit=credit, unclosed=parse.unclosed,
-        gather=gather,
+        stray=parse.stray, gather=gather,
     )  # fmt: skip
+    failures = weighed.metrics.get("srpo/parse_failures")
+    if role_func is None and failures is not None:
+        warn_of_roles_that_never_parse(failures, completion_ids, completion_mask, tokenizer, grammar)
     return CreditedRollout(*weighed, parse, streams)
 
 
@@ -138,8 +156,10 @@ def weigh_rollout(
     completion_mask: Tensor | None = None,
     credit: CreditConfig | Method = CreditConfig(),  # noqa: B008 - frozen
     unclosed: Tensor | None = None,
+    stray: Tensor | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
     function: str = "weigh_rollout",
+    names: Mapping[str, str] | None = None,
 ) -> WeighedRollout:
     """Multiply token weights into the advantages of a rollout whose streams are scored.
 
@@ -149,26 +169,28 @@ def weigh_rollout(
         advantages: `[B]` or `[B, T]`.
         completion_mask: `[B, T]` 0/1; None means all valid.
         credit: settings, or a method of `srpo.METHODS`, with which the streams were scored.
-        unclosed: `[B]` bool, as `RoleParse` has it, for a metric.
+        unclosed, stray: `[B]` bool, as `RoleParse` has them, for metrics.
         gather: as in `credit_rollout`.
         function: whose name an error carries.
+        names: what that function calls its arguments, by their names here.
 
     Returns: WeighedRollout. Beside the metrics of `MetricSums`: `srpo/weight_min` and `srpo/weight_max` over tokens
         with a role; `srpo/parse_failures`, the share of completions that lack perception or reasoning, of those with
-        a valid token; `srpo/unclosed`, the share whose last tag was never closed; `srpo/contrast_rows`, the tokens
-        that the contrast streams were scored on.
+        a valid token; `srpo/unclosed`, the share with a tag that was never closed, as in truncated completions;
+        `srpo/stray`, the share with a closing tag that nothing had opened; `srpo/contrast_rows`, the tokens that the
+        contrast streams were scored on.
 
     Gradient: none.
 
     Raises: ShapeError, DtypeError, DeviceError, RoleParseError, ConfigError, NonFiniteError.
     """
-    call = checks.Call(function, streams.logps, "logps")
+    call = checks.Call(function, streams.logps, "logps", names=names)
     layout = checks.layout_of(call, "logps", streams.logps, None)
     mask = checks.mask_of(call, completion_mask, layout)
     roles = checks.roles_of(call, role_ids, mask, layout)
     per_token = checks.advantages_of(call, advantages, mask, layout)
     weighed = _weigh(call, layout, credit, roles, mask, per_token, streams)
-    own = _own_metrics(weighed, credit, roles, mask, per_token, unclosed, layout)
+    own = _own_metrics(weighed, credit, roles, mask, per_token, (unclosed, stray), layout)
     metrics = _named(own[None] if gather is None else gather(own[None]))
     return WeighedRollout(token_advantages(per_token, weighed.weights).to(advantages.dtype), weighed.weights, metrics)
 
@@ -210,7 +232,7 @@ def _own_metrics(
     role_ids: Tensor,
     mask: Tensor,
     advantages: Tensor,
-    unclosed: Tensor | None,
+    faults: tuple[Tensor | None, Tensor | None],
     layout: Layout,
 ) -> Tensor:
     """Return this rank's part of the metrics: sums, then counts, then the smallest and minus the largest weight."""
@@ -219,8 +241,8 @@ def _own_metrics(
     known = mask.any(dim=1)
     parsed = torch.stack([(mask & (role_ids == role)).any(dim=1) for role in (Role.PERCEPTION, Role.REASONING)]).all(0)
     rows = sum((credit.rows(name, role_ids, mask).sum() for name in credit.streams), mask.sum() * 0)
-    open_tags = (mask.sum() * 0) if unclosed is None else (unclosed.to(mask.device) & known).sum()
-    counts = torch.stack([(known & ~parsed).sum(), open_tags, known.sum(), rows])
+    unclosed, stray = (torch.zeros_like(known) if x is None else x.to(mask.device) & known for x in faults)
+    counts = torch.stack([(known & ~parsed).sum(), unclosed.sum(), stray.sum(), known.sum(), rows])
     weights, credited = weighed.weights.double(), mask & (role_ids != Role.OTHER)
     lowest = torch.where(credited, weights, torch.inf).amin() if mask.numel() else weights.new_full((), torch.inf)
     highest = torch.where(credited, weights, -torch.inf).amax() if mask.numel() else weights.new_full((), -torch.inf)
@@ -231,10 +253,10 @@ def _own_metrics(
 def _named(ranks: Tensor) -> dict[str, float]:
     """Turn the parts of all ranks, `[ranks, K]`, into floats by name."""
     total, bounds = ranks[:, :-2].sum(dim=0), ranks[:, -2:].amin(dim=0).tolist()
-    named = MetricSums(total[:-4], frozenset({"credit"})).floats()
-    failed, unclosed, n, rows = total[-4:].tolist()
+    named = MetricSums(total[:-5], frozenset({"credit"})).floats()
+    failed, unclosed, stray, n, rows = total[-5:].tolist()
     if n:
-        named |= {"srpo/parse_failures": failed / n, "srpo/unclosed": unclosed / n}
+        named |= {"srpo/parse_failures": failed / n, "srpo/unclosed": unclosed / n, "srpo/stray": stray / n}
     named["srpo/contrast_rows"] = rows
     if bounds[0] <= -bounds[1]:  # else no token had a role
         named |= {"srpo/weight_min": bounds[0], "srpo/weight_max": -bounds[1]}

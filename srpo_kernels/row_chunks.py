@@ -167,8 +167,10 @@ def _for_each_chunk(work: Callable[[_Chunk, Tensor], None], rows: _Rows, logits:
     chunks = list(rows.chunks(size, 4 * V))
     shape = (2, min(size, rows.shape[1]), V)
 
+    inference = torch.is_inference_mode_enabled()
+
     def run(queue: Iterator[_Chunk]) -> None:
-        with torch.no_grad():  # a thread starts with autograd on
+        with torch.inference_mode(inference), torch.no_grad():  # a thread starts with autograd on, in no mode
             workspace = torch.empty(shape, dtype=dtype, device=logits.device)
             for chunk in queue:
                 work(chunk, workspace)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from srpo.config import CreditConfig
-from srpo.errors import IncompatibleVersionError
-from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
+from srpo.errors import ConfigError, IncompatibleVersionError, refuse
+from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
-from srpo.rollout import credit_rollout
+from srpo.rollout import RoleFunction, credit_rollout
 from srpo.vision.scoring import StreamLogps, score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
@@ -65,15 +65,16 @@ def _refuse_version(argument: str, got: str, expected: str) -> NoReturn:
 class SRPOTrainer(GRPOTrainer):
     """Train with TRL's GRPO and token credit.
 
-    Args: as TRL's `GRPOTrainer`; `args` is an `SRPOConfig`.
+    Args: as TRL's `GRPOTrainer`; `args` is an `SRPOConfig`. `role_func` takes `completion_ids` and the mask of what was
+        sampled, `[B, T]`, and returns role ids `[B, T]`, in the place of `SRPOConfig.role_grammar`.
 
     The corrupted stream sees what the processing class makes of the raw pictures, corrupted: alike in all rollouts of
     a prompt. Where a rollout has pixels but no pictures, the pixels are corrupted, for families of
     `PixelLayout.of_model`.
 
     Metrics, beside TRL's: `srpo/...` of `MetricSums` over the tokens of all ranks, `srpo/weight_min` and `_max`,
-    `srpo/parse_failures` and `srpo/unclosed` (shares of the completions), `srpo/contrast_rows` (rows that the contrast
-    streams scored).
+    `srpo/parse_failures`, `srpo/unclosed` and `srpo/stray` (shares of the completions), `srpo/contrast_rows` (rows that
+    the contrast streams scored).
 
     Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
     also inside of a generation batch. Corruption seeds come from the tokens, strength from the step: neither has state.
@@ -88,16 +89,19 @@ class SRPOTrainer(GRPOTrainer):
     model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *arguments: Any, **named: Any
-    ) -> None:
+        self, model: Any, reward_funcs: Any = None, args: SRPOConfig | None = None, *arguments: Any,
+        role_func: RoleFunction | None = None, **named: Any,
+    ) -> None:  # fmt: skip
         check_trl()
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = SRPOConfig(f"{name.split('/')[-1]}-SRPO")
         if not isinstance(args, SRPOConfig):
-            refuse("args", type(args).__name__, "an SRPOConfig", "pass args=SRPOConfig(...)", "SRPOTrainer")
+            fix = "pass args=SRPOConfig(...)"
+            refuse(ConfigError, "SRPOTrainer", "args", type(args).__name__, "an SRPOConfig", fix)
         super().__init__(model, reward_funcs, args, *arguments, **named)
         self.credit = self.args.credit_settings()
+        self.role_func = role_func
         self._shown: Shown | None = None
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -126,6 +130,7 @@ class SRPOTrainer(GRPOTrainer):
             output["completion_ids"], output["advantages"], tokenizer,
             lambda role_ids, credit: self._score(output, role_ids, credit),
             completion_mask=mask, settings=self.credit, step=step, gather=self._gathered,
+            role_func=self.role_func,
         )  # fmt: skip
         output["advantages"] = credited.advantages
         mode = "train" if self.model.training else "eval"

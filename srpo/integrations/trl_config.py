@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, NoReturn
 
 from srpo.config import PRESETS
-from srpo.errors import ConfigError, IncompatibleVersionError
+from srpo.errors import ConfigError, IncompatibleVersionError, refuse
 from srpo.settings import CreditSettings
 
 TESTED = ("1.14.2", "1.16.0")
@@ -17,7 +17,7 @@ try:
 except (ImportError, RuntimeError) as error:  # TRL turns failed imports of its own into RuntimeError
     expected = f"TRL, of the tested versions {', '.join(TESTED)}"
     raise IncompatibleVersionError(
-        f"srpo.integrations.trl: trl got {error}, expected {expected}; pip install 'srpo[trl]'."
+        f"srpo.integrations.trl: trl got {error}, expected {expected}; pip install -e '.[trl]' in a checkout of srpo."
     ) from error
 
 
@@ -61,14 +61,30 @@ class SRPOConfig(GRPOConfig):
             warnings.warn(message, DeprecationWarning, stacklevel=3)
             self.ablation, self.perception_hiding = self.perception_hiding, None
         if self.ablation not in (None, "mask", "delete"):
-            refuse("ablation", repr(self.ablation), "None, 'mask' or 'delete'", "leave it out")
+            refuse(
+                ConfigError, "SRPOConfig", "ablation", repr(self.ablation), "None, 'mask' or 'delete'", "leave it out"
+            )
         # A weighted mean of the log-ratios is constant over a sequence: weights of mean 1 cancel in it.
         cancels = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
         if cancels and credit != PRESETS["grpo"]:
             expected = "'token', because token weights with mean 1 cancel under a sequence ratio"
-            refuse("importance_sampling_level", "'sequence'", expected, "use 'token', or loss_type='cispo'")
+            refuse(
+                ConfigError,
+                "SRPOConfig",
+                "importance_sampling_level",
+                "'sequence'",
+                expected,
+                "use 'token', or loss_type='cispo'",
+            )
         if self.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
-            refuse("use_liger_kernel", "True", "False: Liger's loss takes no advantages per token", "set it to False")
+            refuse(
+                ConfigError,
+                "SRPOConfig",
+                "use_liger_kernel",
+                "True",
+                "False: Liger's loss takes no advantages per token",
+                "set it to False",
+            )
 
     def credit_settings(self) -> CreditSettings:
         """Return the settings of the credit stage."""
@@ -92,6 +108,5 @@ def _is_instance(x: Any) -> bool:
     return is_dataclass(x) and not isinstance(x, type)
 
 
-def refuse(argument: str, got: str, expected: str, fix: str, function: str = "SRPOConfig") -> NoReturn:
-    """Raise a ConfigError with the house message."""
-    raise ConfigError(f"{function}(): {argument} got {got}, expected {expected}; {fix}.")
+def _refuse(argument: str, got: str, expected: str, fix: str) -> NoReturn:
+    refuse(ConfigError, "SRPOConfig", argument, got, expected, fix)

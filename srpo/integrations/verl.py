@@ -16,7 +16,7 @@ from torch.nn import functional
 from srpo.config import PRESETS, CreditConfig
 from srpo.errors import ConfigError
 from srpo.methods import Method
-from srpo.roles import Role, role_ids_from_completions
+from srpo.roles import Role, RoleGrammar, role_ids_from_completions, warn_of_roles_that_never_parse
 from srpo.rollout import weigh_rollout
 from srpo.settings import CreditSettings
 from srpo.streams import no_evidence
@@ -27,6 +27,12 @@ from srpo.vision.pictures import corrupt_images
 PARTITION = "srpo"  # of the transfer queue: copies in verl's own would look like rollouts to its replay buffer
 _SEQUENCE_FIELDS = ("input_ids", "position_ids")
 _COMPLETION_FIELDS = ("responses", "response_mask", "loss_mask")
+_NAMES = {  # of arguments, by this library's own
+    "completion_mask": "response_mask",
+    "logps": "old_log_probs",
+    "corrupted_logps": "corrupted_log_probs",
+    "ablated_logps": "ablated_log_probs",
+}
 _PICTURES = "multi_modal_inputs"
 
 
@@ -85,7 +91,7 @@ def token_credit_advantages(
     return CreditedAdvantages(
         *weigh_rollout(
             streams, role_ids, advantages, completion_mask=response_mask, credit=credit,
-            function="token_credit_advantages",
+            function="token_credit_advantages", names=_NAMES,
         )
     )  # fmt: skip
 
@@ -200,8 +206,7 @@ class CreditStages:
         copied = {name: data[name] for name in (*_SEQUENCE_FIELDS, *_COMPLETION_FIELDS)}
         pictures = [getattr(x, "data", x) or {} for x in data[_PICTURES]]
         ids, mask, clean = (padded(data[name]) for name in ("responses", "response_mask", "old_log_probs"))
-        grammar = self.settings.role_grammar
-        roles = role_ids_from_completions(ids, self.tokenizer, completion_mask=mask, grammar=grammar).role_ids
+        roles = _roles(ids, mask, self.tokenizer, self.settings.role_grammar)
         lengths = _lengths(data["responses"])
         inside = torch.arange(ids.shape[1]) < lengths[:, None]
         nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
@@ -258,6 +263,16 @@ class CreditStages:
         return self.queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
 
+def _roles(ids: Tensor, mask: Tensor, tokenizer: Any, grammar: RoleGrammar) -> Tensor:
+    """Parse the roles of a rollout; say so where they never parse."""
+    parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=grammar)
+    known = (mask != 0).any(dim=1).to(parse.parsed.device)
+    if known.any():
+        failures = float((known & ~parse.parsed).sum() / known.sum())
+        warn_of_roles_that_never_parse(failures, ids, mask, tokenizer, grammar)
+    return parse.role_ids
+
+
 def easyr1_streams(
     batch: Any,
     compute_log_probs: Callable[[Any], Any],
@@ -284,10 +299,7 @@ def easyr1_streams(
     check_pictures(settings)
     tensors, objects, clean = batch.batch, batch.non_tensor_batch, batch.batch["old_log_probs"]
     mask = tensors["response_mask"]
-    grammar = settings.role_grammar
-    roles = role_ids_from_completions(
-        tensors["responses"], tokenizer, completion_mask=mask, grammar=grammar
-    ).role_ids.to(mask.device)
+    roles = _roles(tensors["responses"], mask, tokenizer, settings.role_grammar).to(mask.device)
     streams = settings.streams_at(step)
     nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
     results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}

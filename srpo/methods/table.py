@@ -11,7 +11,7 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import PRESETS, CreditConfig, check_stream
 from srpo.credit import role_contrast, token_weights
-from srpo.errors import ConfigError, describe, refuse
+from srpo.errors import ConfigError, Table, describe, refuse
 from srpo.methods.papo import papo_loss_term
 from srpo.methods.pgpo import pgpo_weights
 from srpo.methods.rlsd import linear_strength, rlsd_weights
@@ -180,7 +180,7 @@ _ALL = (
     ),
 )  # fmt: skip
 
-METHODS: MappingProxyType[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+METHODS: MappingProxyType[str, Method] = MappingProxyType(Table("METHODS", {method.name: method for method in _ALL}))
 """SRPO, its presets, and its neighbours by name: a comparison changes one word."""
 
 

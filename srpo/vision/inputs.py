@@ -1,6 +1,5 @@
 """The inputs of a vision-language model, cut by rows and by columns: pixels follow the sequences they belong to."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srpo.checks import Call
-from srpo.errors import ConfigError, ShapeError, describe
+from srpo.errors import ConfigError, ShapeError, describe, nearest
 from srpo.vision.access import backbone_of, names_taken
 from srpo.vision.cuts import Offsets, Placeholders, alike_units, cuts_of, grids_of, is_pixels, kind_of
 
@@ -164,7 +163,10 @@ def check_inputs(
         if x is not None and tuple(x.shape[-2:]) != tuple(input_ids.shape):
             fix = "give them one entry per token of prompt and completion"
             call.fail(ShapeError, name, describe(x), f"[B, S] = {list(input_ids.shape)}", fix)
-    inputs = model_inputs(model, input_ids, attention_mask, given)
+    _check_positions(call, given.get("position_ids"), attention_mask != 0, T)
+    fix = "mask what is no token: only masked cells may hold -100"
+    call.within("input_ids", input_ids, 0, torch.iinfo(input_ids.dtype).max, attention_mask != 0, "token ids", fix)
+    inputs = model_inputs(model, input_ids.clamp(min=0), attention_mask, given)
     merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
     _check_placeholders(call, inputs, T, merge)
     _check_masks(call, inputs, T, _pad_token_of(backbone.config))
@@ -172,6 +174,25 @@ def check_inputs(
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
     return inputs
+
+
+def _check_positions(call: Call, positions: Tensor | None, visible: Tensor, T: int) -> None:
+    """Check where the axes of mRoPE are: verl has them second, which looks alike where B is as many."""
+    if positions is None or positions.dim() != 3:
+        return
+    swapped = positions.shape[0] not in (3, 4)
+    if positions.shape[0] == positions.shape[1]:
+        # text, such as every completion, has one position on all axes; only pictures have several
+        axes, rows = (_all_equal(positions.movedim(axis, 0), visible) for axis in (0, 1))
+        swapped = (not axes[:, -T:].all() and bool(rows[:, -T:].all())) or (bool(axes.all()) and not rows.all())
+    if swapped:
+        got, fix = describe(positions), "pass position_ids.transpose(0, 1) where they are verl's [B, 3, S]"
+        call.fail(ShapeError, "position_ids", got, "[B, S], or [3, B, S] or [4, B, S] with mRoPE", fix)
+
+
+def _all_equal(positions: Tensor, visible: Tensor) -> Tensor:
+    """Say where all of the first axis agree, `[B, S]`; hidden cells do."""
+    return (positions == positions[:1]).all(dim=0) | ~visible
 
 
 def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, given: Mapping[str, Any]) -> ModelInputs:
@@ -190,8 +211,8 @@ def _check_names(call: Call, model: Any, multimodal: Mapping[str, Any]) -> None:
     for name, x in multimodal.items():
         if x is not None and name not in known:
             own = [*_own_options(), *known]
-            close = {"seed": ["generator"]}.get(name) or difflib.get_close_matches(name, own, n=1, cutoff=0.6)
-            fix = f"write {close[0]}" if close else "leave it out"
+            close = {"seed": "generator"}.get(name) or nearest(name, own, "")
+            fix = f"write {close}" if close else "leave it out"
             expected = "an option of score_streams, or an input of the model's forward"
             call.fail(ConfigError, name, describe(x), expected, fix)
 

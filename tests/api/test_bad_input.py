@@ -14,6 +14,8 @@ from torch import Tensor
 
 import srpo
 from srpo import (
+    METHODS,
+    PRESETS,
     ConfigError,
     ConfigWarning,
     CreditConfig,
@@ -21,9 +23,17 @@ from srpo import (
     DtypeError,
     LossConfig,
     NonFiniteError,
+    RoleGrammar,
+    RoleParse,
     ShapeError,
     SRPOError,
+    StreamLogps,
+    role_weighted_grpo_loss,
+    role_weighted_grpo_loss_from_hidden,
+    selected_logps,
+    token_weights,
 )
+from srpo.integrations.verl import token_credit_advantages
 
 B, T, V = 2, 3, 7
 NAN, INF = float("nan"), float("inf")
@@ -391,7 +401,7 @@ def test_bad_input_of_selected_logps(backend, device):
         ({"logits": batch.logits[0]}, ShapeError, "logits"),
         ({"logits": batch.logits.long()}, DtypeError, "logits"),
         ({"completion_ids": batch.logits[..., 0]}, DtypeError, "completion_ids"),
-        ({"mask": batch.completion_mask[:, :2]}, ShapeError, "mask|completion_mask"),
+        ({"mask": batch.completion_mask[:, :2]}, ShapeError, "mask"),
         ({"temperature": 0.0}, ConfigError, "temperature"),
         ({"temperature": -1.0}, ConfigError, "temperature"),
         ({"temperature": NAN}, ConfigError, "temperature"),
@@ -560,3 +570,67 @@ def test_log_probs_of_old_and_reference_policies_are_numbers(backend, device, ar
         srpo.role_weighted_grpo_loss_from_logps(
             logps, torch.ones(2, device=device), **given | {argument: bad}, validate_values=True
         )
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(("table", "name", "meant"), [(PRESETS, "srop", "srpo"), (METHODS, "vpo", "vppo")])
+def test_an_unknown_name_of_a_table(table, name, meant):
+    with pytest.raises(ConfigError, match=f"{name}.*expected one of.*write '{meant}'"):
+        table[name]
+    with pytest.raises(KeyError):  # as before
+        table[name]
+    assert name not in table
+    assert table.get(name) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "fix"),
+    [
+        (LossConfig, "epsilon", "write epsilon_low"),
+        (LossConfig, "epsilonhigh", "write epsilon_high"),
+        (LossConfig, "clip_ratio_c", "write delta"),
+        (CreditConfig, "weigth_min", "write weight_min"),
+        (CreditConfig, "lambda_", "leave it out"),
+        (RoleGrammar, "reasoning_tag", "write reasoning_tags"),
+    ],
+)
+def test_an_unknown_setting(settings, name, fix):
+    with pytest.raises(ConfigError, match=rf"{settings.__name__}\(\): {name} got .*; {fix}"):
+        settings(**{name: 0.2})
+
+
+def test_what_holds_the_tensor_is_named():
+    roles = torch.ones(2, 3, dtype=torch.int8)
+    with pytest.raises(DtypeError, match=r"(?s)role_ids got RoleParse.*; pass its \.role_ids"):
+        token_weights(torch.zeros(2, 3), RoleParse.of(roles))
+    ids, advantages = torch.zeros(2, 3, dtype=torch.long), torch.ones(2)
+    with pytest.raises(DtypeError, match=r"lm_head_weight got Linear.*; pass its \.weight"):
+        role_weighted_grpo_loss_from_hidden(
+            torch.zeros(2, 3, 4), torch.nn.Linear(4, 5), ids, advantages, weights=torch.ones(2, 3)
+        )
+
+
+def test_a_mask_is_called_what_the_function_calls_it():
+    logits, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ShapeError, match=r"selected_logps\(\): mask got .*check how mask was"):
+        selected_logps(logits, ids, mask=torch.ones(2, 2))
+    streams = StreamLogps(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match=r"token_credit_advantages\(\): response_mask got"):
+        token_credit_advantages(
+            torch.ones(2, 3), torch.ones(2, 2), streams.logps, torch.ones(2, 3, dtype=torch.int8),
+            corrupted_log_probs=streams.corrupted_logps, ablated_log_probs=streams.ablated_logps,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_mode_reaches_the_threads(threads, monkeypatch):
+    """Chunks of rows run on threads, which start outside of any mode."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    logits, ids = torch.randn(2, 64, 3000), torch.zeros(2, 64, dtype=torch.long)
+    expected = selected_logps(logits, ids)
+    with torch.inference_mode():
+        assert torch.equal(selected_logps(logits, ids), expected)
+        loss = role_weighted_grpo_loss(logits, ids, torch.ones(2), weights=torch.ones(2, 64)).loss
+    assert float(loss) == pytest.approx(-1.0)

@@ -2,6 +2,7 @@
 
 import gc
 import time
+import warnings
 import weakref
 from functools import cache
 
@@ -13,8 +14,10 @@ from processes import run_python
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srpo.errors import ConfigError, DtypeError, RoleParseError, ShapeError
+from srpo import StreamLogps
+from srpo.errors import ConfigError, ConfigWarning, DtypeError, RoleParseError, ShapeError
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
+from srpo.rollout import credit_rollout
 
 P, R = Role.PERCEPTION, Role.REASONING
 FRAGMENTS = [
@@ -536,7 +539,11 @@ def test_bad_tokenizer() -> None:
         {"answer_tags": ("<answer>",)},
         {"answer_tags": ("/answer",)},
         {"answer_tags": ("my answer",)},
-        {"answer_tags": ("réponse",)},
+        {"answer_tags": ("ré ponse",)},
+        {"form": "xml"},
+        {"opens_with": "thought"},
+        {"opens_with": ""},
+        {"opens_with": 2},
         {"answer_role": 2},
         {"strict": 1},
     ],
@@ -549,3 +556,146 @@ def test_bad_grammar(fields: dict) -> None:
 def test_parsing_roles_does_not_load_transformers() -> None:
     code = "import sys, srpo.roles; sys.exit(any(name in sys.modules for name in ('transformers', 'tokenizers')))"
     assert run_python("-c", code).returncode == 0
+
+
+# ---- other forms of marks ----
+
+
+class Letters:
+    """One token a character."""
+
+    def __len__(self) -> int:
+        return 0x30000
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(map(chr, ids))
+
+
+def letters(role_parse: RoleParse, text: str, row: int = 0) -> dict[Role, str]:
+    """The text of each role."""
+    roles = role_parse.role_ids[row].tolist()
+    return {role: "".join(c for c, r in zip(text, roles, strict=False) if r == role) for role in (P, R)}
+
+
+def parse_text(text: str, **grammar) -> RoleParse:
+    return role_ids_from_completions(
+        torch.tensor([[ord(c) for c in text]]).long(), Letters(), grammar=RoleGrammar(**grammar)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "grammar", "perception", "reasoning"),
+    [
+        ("<see id=\"1\" kind='a b'>cat</see><think n = 2>so</think>", {}, "cat", "so"),
+        ("<see the cat><think>so</think>", {}, "", "so"),  # words are no attributes
+        ("<see a=>cat</see>", {}, "", ""),
+        ("[see]cat[/see] [Think]so[/think]", {"form": "brackets"}, "cat", "so"),
+        ("<see>cat</see>", {"form": "brackets"}, "", ""),
+        ("[see]cat[/see]", {}, "", ""),
+        ("Perception: a cat\nReasoning: so", {"form": "headings"}, " a cat\n", " so"),
+        ("## Perception\na cat\n**Reasoning:** so\n", {"form": "headings"}, "\na cat\n", " so\n"),
+        ("*Perception*: a cat\n__reasoning__ : so", {"form": "headings"}, " a cat\n", " so"),
+        ("my perception: a cat\nReasoning so", {"form": "headings"}, "", ""),  # not at the start; no colon
+        ("Perceptions: cats", {"form": "headings"}, "", ""),
+        ("so</think><see>cat</see>", {"opens_with": "think"}, "cat", "so"),
+        ("\n<Think>so</think><see>cat</see>", {"opens_with": "think"}, "cat", "so"),  # opened once
+        ("a cat\nReasoning: so", {"form": "headings", "opens_with": "perception"}, "a cat\n", " so"),
+        ("<感知>猫</感知><Élan>so</éLAN>", {"perception_tags": ("感知",), "reasoning_tags": ("élan",)}, "猫", "so"),
+        ("<thin\u212a>so</thin\u212a>", {}, "", ""),  # a Kelvin sign is no k
+    ],
+)
+def test_forms(text: str, grammar: dict, perception: str, reasoning: str) -> None:
+    found = parse_text(text, **grammar)
+    assert letters(found, text) == {P: perception, R: reasoning}
+    assert found.parsed.tolist() == [bool(perception and reasoning)]
+
+
+@pytest.mark.parametrize(
+    ("text", "grammar", "unclosed", "stray"),
+    [
+        ("<see>cat</see><think>so", {}, True, False),
+        ("<see>cat</see>so</think>", {}, False, True),
+        ("<see>cat</think>", {}, True, True),
+        ("so", {"opens_with": "think"}, True, False),
+        ("", {"opens_with": "think"}, False, False),
+        ("so</think>", {"opens_with": "think"}, False, False),
+        ("Reasoning: so", {"form": "headings"}, False, False),
+    ],
+)
+def test_truncated_and_stray(text: str, grammar: dict, unclosed: bool, stray: bool) -> None:
+    found = parse_text(text, **grammar)
+    assert (found.unclosed.tolist(), found.stray.tolist()) == ([unclosed], [stray])
+
+
+@pytest.mark.parametrize("form", ["tags", "brackets", "headings"])
+def test_hostile_marks_take_linear_time(form: str) -> None:
+    grammar = RoleGrammar(form=form)
+    for unit in ("<see a=", "[see a=", "<see a='", "# ", "**", "\n# see", "<see  a  =  b  "):
+        start = time.thread_time()
+        role_ids_from_completions(torch.tensor([[ord(c) for c in unit * 20_000]]), Letters(), grammar=grammar)
+        assert time.thread_time() - start < 20
+
+
+# ---- roles that never parse ----
+
+
+def rollout_of(*texts: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, texts))
+    ids = torch.tensor([[ord(c) for c in text.ljust(width, "\0")] for text in texts])
+    return ids, ids != 0
+
+
+def credited(tokenizer: Letters, *texts: str, **named):
+    ids, mask = rollout_of(*texts)
+    nothing = torch.zeros(ids.shape)
+    return credit_rollout(
+        ids, torch.ones(len(texts)), tokenizer, lambda role_ids, _: StreamLogps(nothing, nothing, nothing, nothing),
+        completion_mask=mask, **named,
+    )  # fmt: skip
+
+
+def test_roles_that_never_parse_are_said_once() -> None:
+    tokenizer = Letters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        credited(tokenizer, "Perception: a cat", "x")
+        credited(tokenizer, "Perception: a cat", "x")
+    with pytest.warns(ConfigWarning, match=r"first 3 rollouts.*'Perception: a cat'.*role_grammar.*opens_with"):
+        found = credited(tokenizer, "Perception: a cat", "x")
+    assert found.metrics["srpo/parse_failures"] == 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            credited(tokenizer, "Perception: a cat")
+
+
+def test_one_completion_that_parses_is_enough() -> None:
+    tokenizer = Letters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        credited(tokenizer, "<see>cat</see><think>so</think>", "x")
+        for _ in range(4):
+            credited(tokenizer, "x")
+
+
+def test_a_role_function_in_the_place_of_the_grammar() -> None:
+    seen = []
+
+    def halves(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append(mask)
+        return torch.where(torch.arange(ids.shape[1]) < 2, 1, 2) * mask
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            found = credited(Letters(), "abcd", "ab", role_func=halves)
+    assert seen[0].tolist() == [[True] * 4, [True, True, False, False]]
+    assert found.roles.role_ids.tolist() == [[1, 1, 2, 2], [1, 1, 0, 0]]
+    assert found.metrics["srpo/parse_failures"] == 0.5
+    with pytest.raises(ShapeError, match="role_ids"):
+        credited(Letters(), "abcd", role_func=lambda ids, mask: ids[:, :2])
+
+
+def test_metrics_of_marks() -> None:
+    found = credited(Letters(), "<see>cat</see><think>so", "cat</see>", "<see>cat</see><think>so</think>").metrics
+    assert found["srpo/unclosed"] == found["srpo/stray"] == pytest.approx(1 / 3)

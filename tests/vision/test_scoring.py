@@ -713,3 +713,32 @@ def test_a_video_token_that_was_sampled_is_text(family):
         out = odd.score(batch_size=batch_size)
         assert_close(out.logps, own_logps(odd.model, ids, odd.mask, **odd.inputs), odd.valid)
         assert_close(out.ablated_logps, deleted_logps(odd), odd.reasoned)
+
+
+def test_masked_cells_may_hold_anything(rollout):
+    """Trainers mark padding with -100; a valid cell of that kind is refused."""
+    own = replace(rollout, ids=torch.where(rollout.mask != 0, rollout.ids, -100))
+    for got, expected in zip(own.score(), rollout.score(), strict=True):
+        assert same_bits(got, expected)
+    row, column = (x[-1] for x in torch.where(rollout.mask != 0))
+    ids = rollout.ids.clone()
+    ids[row, column] = -100
+    with pytest.raises(RoleParseError, match="input_ids got 1 values such as -100"):
+        replace(rollout, ids=ids).score()
+
+
+def test_positions_of_verl_are_told_apart(rollout):
+    """`[B, 3, S]` looks like `[3, B, S]` where B is 3, as here; where it is not, the first axis tells."""
+    B, S = rollout.ids.shape
+    with pytest.raises(ShapeError, match="position_ids"):
+        rollout.score(position_ids=torch.arange(S).expand(B + 2, 3, S))
+    positions = own_positions(rollout)
+    if positions is None or positions.dim() == 2:
+        return
+    assert positions.shape[0] == B
+    for got, expected in zip(rollout.score(position_ids=positions), rollout.score(), strict=True):
+        assert same_bits(got, expected)
+    alike = replace(rollout, mask=rollout.mask[:1].expand(B, -1))
+    for own, given in ((rollout, positions), (alike, positions[:, :1].expand(3, B, S))):
+        with pytest.raises(ShapeError, match=r"position_ids.*transpose"):
+            own.score(position_ids=given.transpose(0, 1))
