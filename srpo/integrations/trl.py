@@ -6,6 +6,7 @@ It overrides the advantage stage: roles come from the completions, streams from 
 becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for sampling engines, KL and metrics keep working.
 """
 
+import importlib
 import inspect
 import os
 from importlib.metadata import version
@@ -60,6 +61,12 @@ def _refuse_version(argument: str, got: str, expected: str) -> NoReturn:
     raise IncompatibleVersionError(
         f"SRPOTrainer(): {argument} of trl {version('trl')} got {got}, expected {expected}; {fix}."
     )
+
+
+def _scores_in_fp32() -> bool:
+    """Say whether TRL keeps autocast off a head that it cast to fp32: before its fused head, it did not."""
+    fused = getattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head", None)
+    return fused is not None and "cast_lm_head_to_fp32" in inspect.signature(fused).parameters
 
 
 class SRPOTrainer(GRPOTrainer):
@@ -156,6 +163,7 @@ class SRPOTrainer(GRPOTrainer):
                 temperature=self.temperature,
                 batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
                 ablation=self.args.ablation,
+                cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32 and _scores_in_fp32(),
                 **given,
             )
 
