@@ -17,6 +17,7 @@ from torch import Tensor
 
 from srpo.config import CreditConfig
 from srpo.errors import IncompatibleVersionError
+from srpo.integrations.trl_checkpoint import has_weights, load_weights
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
@@ -37,6 +38,8 @@ _METHODS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
     "_load_rng_state": ["self", "checkpoint"],
 }
 
@@ -171,6 +174,23 @@ class SRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         torch.save({"step": self._step, "rollouts": self._buffered_inputs}, self._buffer_file(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._reads(resume_from_checkpoint):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._reads(best):
+            load_weights(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def _reads(self, folder: str) -> bool:
+        """Say whether a checkpoint is one of `save_pretrained`; engines and adapters keep names as they are."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and has_weights(folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
