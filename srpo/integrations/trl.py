@@ -195,7 +195,9 @@ class SRPOTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and os.path.isfile(self._buffer_file(checkpoint)):
-            buffer = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=True)
+            # torch loads nothing to cpu:0, as accelerate calls the device of a rank
+            device = "cpu" if self.args.device.type == "cpu" else self.args.device
+            buffer = torch.load(self._buffer_file(checkpoint), map_location=device, weights_only=True)
             self._step, self._buffered_inputs = buffer["step"], buffer["rollouts"]
 
     def _buffer_file(self, folder: str) -> str:

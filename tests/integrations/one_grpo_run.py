@@ -34,13 +34,14 @@ def main() -> None:
     torch.set_num_threads(1)
     part = sys.argv[4] if len(sys.argv) > 4 else None
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    settings: dict[str, Any] = {"ddp_backend": "gloo"} if world > 1 else {}
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "shuffle_dataset": False}
     if part:
-        settings |= {"save_strategy": "steps", "save_steps": 2, "stop": 2 if part == "killed" else None}
+        settings = {"save_strategy": "steps", "save_steps": 2, "stop": 2 if part == "killed" else None}
+    if world > 1:
+        settings["ddp_backend"] = "gloo"
     trainer = make_trainer(
         Counting, file.parent / f"run{world}", family, rollouts=Rollouts(truncated=truncated), max_steps=3,
-        per_device_train_batch_size=8 // world, optim="sgd", learning_rate=0.1, shuffle_dataset=False,
-        mask_truncated_completions=bool(truncated), **settings,
+        per_device_train_batch_size=8 // world, mask_truncated_completions=bool(truncated), **settings,
     )  # fmt: skip
     before = [x.detach().clone() for x in trainer.model.parameters()]
     trainer.train(resume_from_checkpoint=part == "resumed")
