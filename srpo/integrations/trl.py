@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srpo.config import CreditConfig
 from srpo.errors import IncompatibleVersionError
-from srpo.integrations.trl_checkpoint import has_weights, load_weights
+from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_weights
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig, refuse
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
@@ -87,9 +87,10 @@ class SRPOTrainer(GRPOTrainer):
 
     Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
     also inside of a generation batch. Corruption seeds come from the tokens, strength from the step: neither has state.
+    Weights are read as transformers wrote them, also where a family is saved under other names than its own.
 
     Raises:
-        ConfigError: `args` is not an `SRPOConfig`.
+        ConfigError: `args` is not an `SRPOConfig`, or a checkpoint to resume from lacks a tensor.
         IncompatibleVersionError: a TRL that this was not made for.
     """
 
@@ -176,21 +177,21 @@ class SRPOTrainer(GRPOTrainer):
         torch.save({"step": self._step, "rollouts": self._buffered_inputs}, self._buffer_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._reads(resume_from_checkpoint):
-            load_weights(self.model, resume_from_checkpoint)
-        else:
+        if not self._read_back(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and self._reads(best):
-            load_weights(self.model, best)
-        else:
+        if not self._read_back(cast(str, self.state.best_model_checkpoint)):
             super()._load_best_model()
 
-    def _reads(self, folder: str) -> bool:
-        """Say whether a checkpoint is one of `save_pretrained`; engines and adapters keep names as they are."""
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and has_weights(folder)
+    def _read_back(self, folder: str) -> bool:
+        """Read the weights of a checkpoint, if it has those of a whole model as `save_pretrained` writes them."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False
+        check_adapter(self.model, folder)
+        if found := has_weights(folder):
+            load_weights(self.model, folder)
+        return found
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

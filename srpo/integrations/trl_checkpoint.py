@@ -5,11 +5,19 @@
 """
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from srpo.errors import ConfigError, refuse
 
@@ -40,9 +48,25 @@ def load_weights(model: Any, folder: str | Path) -> None:
             output_loading_info=True,
         )
     lacking = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
-    if lacking:
-        n, names = len(saved.state_dict()), ", ".join(lacking[:4])
-        got = f"{str(folder)!r}, which lacks {len(lacking)} of {n} tensors: {names}"
+    _refuse_lacking(folder, lacking, len(saved.state_dict()))
+    model.load_state_dict(saved.state_dict())
+
+
+def check_adapter(model: Any, folder: str | Path) -> None:
+    """Check that a checkpoint of an adapter has all its tensors: PEFT warns of those that are missing, and goes on.
+
+    Raises: ConfigError.
+    """
+    file, name = Path(folder) / ADAPTER_SAFE_WEIGHTS_NAME, "default"  # PEFT has folders for adapters of other names
+    if file.is_file() and name in getattr(model, "peft_config", ()):
+        peft: Any = importlib.import_module("peft")
+        own = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        with safe_open(file, "pt") as saved:
+            _refuse_lacking(folder, sorted(own.keys() - set(saved.keys())), len(own))
+
+
+def _refuse_lacking(folder: str | Path, names: list[str], n: int) -> None:
+    if names:
+        got = f"{str(folder)!r}, which lacks {len(names)} of {n} tensors: {', '.join(names[:4])}"
         fix = "resume from a checkpoint of this model, or start from its weights without resume_from_checkpoint"
         refuse(ConfigError, "SRPOTrainer.train", "resume_from_checkpoint", got, "all tensors of the model", fix)
-    model.load_state_dict(saved.state_dict())
