@@ -113,6 +113,22 @@ def column(trainer: GRPOTrainer, name: str) -> list[float]:
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
+def trained(*arguments: Any, **settings: Any) -> Any:
+    """Build a trainer, which seeds the generators, and train."""
+    trainer = make_trainer(*arguments, **settings)
+    trainer.train()
+    return trainer
+
+
+def same_run(a: GRPOTrainer, b: GRPOTrainer, metrics: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+    """Compare losses and final weights bit for bit."""
+    for name in metrics:
+        assert column(a, name), name
+        assert column(a, name) == column(b, name), name
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
 PICTURES = (
     "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids",
 )  # fmt: skip

@@ -193,6 +193,9 @@ def _without_video(processor_class: Any) -> Any:
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return type(argument)
 
+        def save_pretrained(self, save_directory: Any, **_: Any) -> Any:
+            return self.tokenizer.save_pretrained(save_directory)
+
     ImageOnly.__name__ = processor_class.__name__
     return ImageOnly
 

@@ -6,6 +6,7 @@ It overrides the advantage stage: roles come from the completions, streams from 
 becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for sampling engines, KL and metrics keep working.
 """
 
+import importlib
 import inspect
 import os
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
+from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_weights
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
@@ -36,6 +38,8 @@ _METHODS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
     "_load_rng_state": ["self", "checkpoint"],
 }
 
@@ -62,6 +66,12 @@ def _refuse_version(argument: str, got: str, expected: str) -> NoReturn:
     )
 
 
+def _scores_in_fp32() -> bool:
+    """Say whether TRL keeps autocast off a head that it cast to fp32: before its fused head, it did not."""
+    fused = getattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head", None)
+    return fused is not None and "cast_lm_head_to_fp32" in inspect.signature(fused).parameters
+
+
 class SRPOTrainer(GRPOTrainer):
     """Train with TRL's GRPO and token credit.
 
@@ -78,9 +88,10 @@ class SRPOTrainer(GRPOTrainer):
 
     Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
     also inside of a generation batch. Corruption seeds come from the tokens, strength from the step: neither has state.
+    Weights are read as transformers wrote them, also where a family is saved under other names than its own.
 
     Raises:
-        ConfigError: `args` is not an `SRPOConfig`.
+        ConfigError: `args` is not an `SRPOConfig`, or a checkpoint to resume from lacks a tensor.
         IncompatibleVersionError: a TRL that this was not made for.
     """
 
@@ -161,6 +172,7 @@ class SRPOTrainer(GRPOTrainer):
                 temperature=self.temperature,
                 batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
                 ablation=self.args.ablation,
+                cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32 and _scores_in_fp32(),
                 **given,
             )
 
@@ -169,10 +181,29 @@ class SRPOTrainer(GRPOTrainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         torch.save({"step": self._step, "rollouts": self._buffered_inputs}, self._buffer_file(folder))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._read_back(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._read_back(cast(str, self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _read_back(self, folder: str) -> bool:
+        """Read the weights of a checkpoint, if it has those of a whole model as `save_pretrained` writes them."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False
+        check_adapter(self.model, folder)
+        if found := has_weights(folder):
+            load_weights(self.model, folder)
+        return found
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and os.path.isfile(self._buffer_file(checkpoint)):
-            buffer = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=True)
+            # torch loads nothing to cpu:0, as accelerate calls the device of a rank
+            device = "cpu" if self.args.device.type == "cpu" else self.args.device
+            buffer = torch.load(self._buffer_file(checkpoint), map_location=device, weights_only=True)
             self._step, self._buffered_inputs = buffer["step"], buffer["rollouts"]
 
     def _buffer_file(self, folder: str) -> str:

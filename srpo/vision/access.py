@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from srpo.hidden import selected_logps_from_hidden
 from srpo.vision.cuts import is_pixels
 
 # Layers whose state runs through a token that the attention mask hides.
@@ -190,8 +191,7 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: boo
     parametrisations, and what it returned are the logits, bit for bit: a cap or a scale shows.
     """
     head, states, outputs = head_of(model), [], []
-    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)  # accelerate puts its own there
-    plain = type(head) is nn.Linear and not hooked
+    plain = _is_linear(head) and not head._forward_hooks and not head._forward_pre_hooks
 
     def narrow(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         states.append(arguments[0][:, -keep:])
@@ -223,6 +223,67 @@ def own_logits(model: Any, inputs: dict[str, Any], keep: int) -> Tensor:
         return model(**inputs, use_cache=False).logits[:, -keep:]
     finally:
         handle.remove()
+
+
+class _Fp32Linear:
+    """The forward of a linear head in fp32, which autocast does not reach."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+
+    def __call__(self, states: Tensor) -> Tensor:
+        weight, bias = self.head.weight.float(), self.head.bias
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), weight, None if bias is None else bias.float())
+
+
+def _is_linear(head: nn.Module) -> bool:
+    """Say whether a forward of the head is that of a linear layer; accelerate puts its own in the place of it."""
+    return type(head) is nn.Linear and isinstance(vars(head).get("forward"), _Fp32Linear | None)
+
+
+def can_be_fp32(model: Any) -> bool:
+    """Say whether `head_in_fp32` can keep its word: other layers than a linear one multiply in their own dtype."""
+    head = head_of(model)
+    return _is_free(head) or all(x.dtype == torch.float32 for x in head.parameters())
+
+
+def _is_free(head: nn.Module) -> bool:
+    """Say whether a linear layer has its weights to itself: accelerate's hooks move them about."""
+    return type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+
+
+@contextmanager
+def head_in_fp32(model: Any) -> Iterator[None]:
+    """Let the head multiply in fp32 whatever autocast says, as TRL does with `cast_lm_head_to_fp32`.
+
+    The forward that TRL puts in the place of a linear head's own multiplies in fp32 outside of autocast alone.
+    """
+    head = head_of(model)
+    own, forward = vars(head).get("forward"), head.forward
+
+    def outside(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(states.device.type, enabled=False):
+            return forward(states.float(), *args, **kwargs)
+
+    head.forward = _Fp32Linear(head) if _is_free(head) else outside
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+def head_logps(model: Any, states: Tensor, ids: Tensor, **options: Any) -> Any:
+    """Return `selected_logps_from_hidden` of a bare head, in the precision in which the head multiplies."""
+    head = head_of(model)
+    weight, bias = head.weight, head.bias
+    if not isinstance(vars(head).get("forward"), _Fp32Linear):
+        return selected_logps_from_hidden(states, weight, ids, bias=bias, **options)
+    bias = None if bias is None else bias.float()
+    with torch.autocast(states.device.type, enabled=False):
+        return selected_logps_from_hidden(states.float(), weight.float(), ids, bias=bias, **options)
 
 
 def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:

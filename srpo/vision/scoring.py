@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,17 +13,19 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, ShapeError, describe, is_int
-from srpo.hidden import selected_logps_from_hidden
 from srpo.loss import selected_logps
 from srpo.methods.table import Method, credit_of
 from srpo.roles import Role
 from srpo.streams import STREAMS, no_evidence, not_scored
 from srpo.vision.ablation import hide, swap
 from srpo.vision.access import (
+    can_be_fp32,
     counted_positions,
     counts_columns,
     evaluating,
     has_head,
+    head_in_fp32,
+    head_logps,
     head_of,
     head_states,
     is_encoder_decoder,
@@ -84,6 +87,7 @@ def score_streams(
     pixel_layout: PixelLayout | None = None,
     other_perception_ids: Tensor | None = None,
     other_perception_mask: Tensor | None = None,
+    cast_lm_head_to_fp32: bool = False,
     **multimodal_inputs: Any,
 ) -> StreamLogps:
     """Score the last `logits_to_keep` tokens as they are, with the image corrupted, and with the perception hidden.
@@ -116,6 +120,8 @@ def score_streams(
             the own ones in the ablated context: reasoning is then contrasted with a mismatched perception instead of
             none, at the positions that the new text has.
         other_perception_mask: `[B, M]` 0/1; None means all valid.
+        cast_lm_head_to_fp32: run the head in fp32, outside of autocast, as TRL does under this name; pass what the
+            loss is computed with.
         multimodal_inputs: everything else that the model is called with (`pixel_values`, `image_grid_thw`,
             `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images`, the number
             of images (or of tiles, where the pixels are tiles) of each sequence, is believed.
@@ -156,6 +162,9 @@ def score_streams(
     ablation = _renamed(call, ablation, method)
     _check_settings(call, input_ids, logits_to_keep, batch_size, ablation, corruption)
     checks.temperature(call, temperature)
+    if cast_lm_head_to_fp32 and not can_be_fp32(model):
+        got, fix = f"True with a {type(head_of(model)).__name__} of 16 bits", "call .float() of the head"
+        call.fail(ConfigError, "cast_lm_head_to_fp32", got, "a linear head, or one whose parameters are fp32", fix)
     whole = check_inputs(call, model, input_ids, attention_mask, logits_to_keep, multimodal_inputs)
     B, T = len(input_ids), logits_to_keep
     valid = attention_mask[:, -T:] != 0
@@ -183,7 +192,8 @@ def score_streams(
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
     scorer = _Scorer(model, temperature, ablation or "delete", streams, reader)
-    with evaluating(model):
+    precision = head_in_fp32(model) if cast_lm_head_to_fp32 else nullcontext()
+    with evaluating(model), precision:
         shared = scorer.shared(whole, corrupted, roles, other, batch_size or max(B, 1), cache_bytes)
         if shared is not None:
             return StreamLogps(*shared)  # pyright: ignore[reportArgumentType]
@@ -380,9 +390,7 @@ class _Scorer:
         if self.head_is_bare is not False:
             states, self.head_is_bare, _ = head_states(self.model, inputs.kwargs(), keep)
             if self.head_is_bare:
-                head = head_of(self.model)
-                bias = getattr(head, "bias", None)
-                return selected_logps_from_hidden(_at(states, index), head.weight, ids, bias=bias, **options)
+                return head_logps(self.model, _at(states, index), ids, **options)
         return selected_logps(_at(own_logits(self.model, inputs.kwargs(), keep), index), ids, **options)
 
     @staticmethod

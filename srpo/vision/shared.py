@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo.hidden import selected_logps_from_hidden
 from srpo.vision.ablation import swap
-from srpo.vision.access import head_of
+from srpo.vision.access import head_logps
 from srpo.vision.inputs import ModelInputs
 from srpo.vision.prefix import Groups, Prefix, aligned_inputs, groups_of, with_positions
 
@@ -71,7 +70,6 @@ class SharedRoad:
 
     def score(self, prefix: Prefix, what: Continuation, *, return_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies `[B, m]` of a continuation, 0 where nothing was wanted."""
-        head = head_of(self.model)
         B, m = len(self.whole.input_ids), what.targets.shape[1]
         logps = entropy = torch.zeros(B, m, device=what.targets.device)
         every = torch.arange(len(what.rows), device=what.rows.device)
@@ -79,10 +77,9 @@ class SharedRoad:
             part = what.part(chosen)
             states = prefix.states(part.rows, part.ids, part.mask, part.positions, part.aligned)
             taken = states.gather(1, part.source[..., None].expand(-1, -1, states.shape[-1]))
-            found = selected_logps_from_hidden(
-                taken, head.weight, part.targets, bias=getattr(head, "bias", None), temperature=self.temperature,
-                mask=part.wanted, return_entropy=True,
-            )  # fmt: skip
+            found = head_logps(
+                self.model, taken, part.targets, temperature=self.temperature, mask=part.wanted, return_entropy=True
+            )
             logps = logps.to(found.logps).index_copy(0, part.rows, found.logps)
             if return_entropy:
                 entropy = entropy.to(found.entropy).index_copy(0, part.rows, found.entropy)

@@ -5,13 +5,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import oracles
 import pytest
 import torch
 from processes import run_python
-from tiny_grpo import Rollouts, column, make_trainer
+from tiny_grpo import Rollouts, column, make_trainer, same_run, trained
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from srpo import METHODS, PRESETS, Blank, ConfigError, CreditConfig, IncompatibleVersionError, PatchMask, RoleGrammar
@@ -26,22 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:score_streams.*no image:UserWarning"),
 ]
 FAMILIES = ("idefics3", "qwen25vl", "qwen3vl", "llava")
-
-
-def trained(*arguments: Any, **settings: Any) -> Any:
-    """Build a trainer, which seeds the generators, and train."""
-    trainer = make_trainer(*arguments, **settings)
-    trainer.train()
-    return trainer
-
-
-def same_run(a: GRPOTrainer, b: GRPOTrainer, metrics: tuple[str, ...] = ("loss", "grad_norm")) -> None:
-    """Compare losses and final weights bit for bit."""
-    for name in metrics:
-        assert column(a, name), name
-        assert column(a, name) == column(b, name), name
-    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(x, y)
 
 
 class Watched(SRPOTrainer):
