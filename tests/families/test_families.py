@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 import transformers
-from families import grids, others, tiles
 from families.harness import FAMILIES, Rollout
-from rollouts import assert_close, largest
+from families.streams import EXACT, check_streams
+from rollouts import assert_close
 
 from srpo import ConfigError, PatchMask, corrupt_images, role_weighted_grpo_loss_from_logps, score_streams
 
@@ -18,13 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-TABLES = (grids, tiles, others)  # reading them fills FAMILIES
-EXACT = {"rtol": 0, "atol": 5e-5}
-
-
-# Positions that neither a module shows nor a probe finds are to be passed.
-GIVEN = {"kosmos2": lambda rollout: {"position_ids": rollout.mask.cumsum(dim=1) * rollout.mask}}
-
 
 # Models, or processors, that do nothing without a picture.
 SEEING = ("paligemma", "git", "kosmos2", "blip2", "instructblip", "mllama")
@@ -34,17 +27,7 @@ LATE += [pytest.param("llava_onevision", (0, 2, 1), id="a processor that counts 
 
 @pytest.mark.parametrize(("name", "images"), [*((name, None) for name in FAMILIES), *LATE])
 def test_streams_are_those_of_the_model(name, images):
-    rollout = Rollout(FAMILIES[name], images)
-    dark, given = rollout.without_pictures(), GIVEN[name](rollout) if name in GIVEN else {}
-    whole = rollout.score(corrupted_inputs=dark, **given)
-    assert_close(whole.logps, rollout.each_alone(), rollout.valid, **EXACT)
-    assert_close(whole.corrupted_logps, rollout.whole(**dark), rollout.visual, **EXACT)
-    assert_close(whole.ablated_logps, rollout.deleted(), rollout.reasoned, **EXACT)
-    assert largest(whole.corrupted_logps, whole.logps, rollout.visual) > 1e-3
-    assert largest(whole.ablated_logps, whole.logps, rollout.reasoned) > 1e-3
-    for batch_size in (1, 2):
-        for part, x in zip(rollout.score(corrupted_inputs=dark, batch_size=batch_size, **given), whole, strict=True):
-            assert_close(part, x, rollout.valid, **EXACT)
+    check_streams(name, images)
 
 
 # What is refused, and the advice

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 TABLES = (grids, tiles, others)  # reading them fills FAMILIES
-NAMES = ("image_patches", "pixel_values_images", "pixel_values")
+NAMES = ("image_patches", "image_pixel_values", "pixel_values_images", "pixel_values")
 ONE_TOKEN = ("fast_vlm",)  # a picture is hidden or not
 
 
