@@ -9,6 +9,7 @@ becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for samplin
 import importlib
 import inspect
 import os
+import warnings
 from importlib.metadata import version
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -135,6 +136,7 @@ class SRPOTrainer(GRPOTrainer):
         mask = output["completion_mask"]  # without tokens that a tool wrote: no policy sampled them
         mask = (mask if output.get("tool_mask") is None else mask * output["tool_mask"]) != 0
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self._warn_of_padding((output["prompt_ids"] == tokenizer.pad_token_id) & (output["prompt_mask"] != 0))
         if output["advantages"].shape != mask.shape[:1]:
             _refuse_version("advantages", f"shape {list(output['advantages'].shape)}", "[B]")
         credited = credit_rollout(
@@ -148,6 +150,14 @@ class SRPOTrainer(GRPOTrainer):
         for name, value in credited.metrics.items():
             self._metrics[mode][name].append(value)
         return output
+
+    def _warn_of_padding(self, counted: Tensor) -> None:
+        """Say that a processor which pads by itself makes TRL take padding for a part of the prompt."""
+        if bool(counted[:, :2].all(dim=1).any()):
+            name = type(self.processing_class).__name__
+            fix = "pass SRPOConfig(chat_template_kwargs={'padding': False})"
+            message = f"SRPOTrainer(): {name} pads prompts, and TRL lets the policy read the padding; {fix}"
+            warnings.warn(message, stacklevel=2)
 
     def _gathered(self, vectors: Tensor) -> Tensor:
         """Gather `[1, K]` of every rank."""
@@ -173,6 +183,7 @@ class SRPOTrainer(GRPOTrainer):
                 batch_size=self.args.stream_batch_size or self.args.per_device_train_batch_size,
                 ablation=self.args.ablation,
                 cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32 and _scores_in_fp32(),
+                padding_counts=True,  # the policy saw it
                 **given,
             )
 

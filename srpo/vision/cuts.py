@@ -62,14 +62,21 @@ def cuts_of(
     """
     cuts: dict[str, Offsets] = {}
     given = {name: [int(n) for n in x] for name, x in inputs.items() if "num_images" in name}
+    images = placeholders["image"]
+    shown = [True] * B if images is None else [n > 0 for n in images.tokens]
     for kind in ("image", "video"):
         own = {name: x for name, x in inputs.items() if kind_of(name) == kind and name not in given}
         own = {name: x for name, x in own.items() if _length(x) is not None}
         if own:
             counts = next(iter(given.values()), None) if kind == "image" else None
+            if counts is not None and len(counts) == sum(shown):  # a processor counts where there is something
+                rest = iter(counts)
+                counts = [next(rest) if here else 0 for here in shown]
             cuts |= _of_kind(call, own, placeholders[kind], counts, B)
     for name, x in inputs.items():
-        if name in given or (kind_of(name) is None and _length(x) == B):
+        if name in given and len(x) == sum(shown) < B:
+            cuts[name] = _summed(shown)
+        elif name in given or (kind_of(name) is None and _length(x) == B):
             cuts[name] = list(range(B + 1))
         elif name not in cuts and _length(x) is not None:
             _refuse(call, name, x)

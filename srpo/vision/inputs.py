@@ -150,8 +150,9 @@ def row_cuts(call: Call, inputs: ModelInputs) -> dict[str, Offsets]:
 
 
 def check_inputs(
-    call: Call, model: Any, input_ids: Tensor, attention_mask: Any, T: int, multimodal: Mapping[str, Any]
-) -> ModelInputs:
+    call: Call, model: Any, input_ids: Tensor, attention_mask: Any, T: int, multimodal: Mapping[str, Any],
+    padding_counts: bool,
+) -> ModelInputs:  # fmt: skip
     """Check the inputs of a model against each other; positions are still missing. The last T columns are sampled."""
     call.tensor("input_ids", input_ids, [tuple(input_ids.shape)], "[B, S]", "int")
     call.tensor("attention_mask", attention_mask, [tuple(input_ids.shape)], "[B, S]", "mask")
@@ -169,7 +170,9 @@ def check_inputs(
     inputs = model_inputs(model, input_ids.clamp(min=0), attention_mask, given)
     merge = getattr(getattr(backbone.config, "vision_config", None), "spatial_merge_size", 1)
     _check_placeholders(call, inputs, T, merge)
-    _check_masks(call, inputs, T, _pad_token_of(backbone.config))
+    _check_masks(call, inputs, T)
+    if not padding_counts:
+        _check_padding(call, inputs, _pad_token_of(backbone.config))
     _check_questions(call, given.get("qformer_attention_mask"))
     if inputs.has_pixels():
         _check_token_types(call, inputs, inspect.signature(backbone.forward).parameters, T)
@@ -239,8 +242,8 @@ def _pad_token_of(config: Any) -> int | None:
     return token if isinstance(token, int) else None
 
 
-def _check_masks(call: Call, inputs: ModelInputs, T: int, pad: int | None) -> None:
-    """Check what masks show: prompts padded on the right, padding that counts, completions without a prompt."""
+def _check_masks(call: Call, inputs: ModelInputs, T: int) -> None:
+    """Check what masks show: prompts padded on the right, completions without a prompt."""
     valid = inputs.attention_mask != 0
     prompt, completion = valid[:, :-T], valid[:, -T:]
     name, fix = "attention_mask", "pad prompts on the left: processor(..., padding_side='left')"
@@ -252,14 +255,19 @@ def _check_masks(call: Call, inputs: ModelInputs, T: int, pad: int | None) -> No
     if bool(alone.any()):
         rows, expected = alone.nonzero()[:, 0].tolist(), "a token before each completion, which predicts its first"
         call.fail(ShapeError, name, f"completions without a prompt in rows {rows[:8]}", expected, "keep the prompt")
+
+
+def _check_padding(call: Call, inputs: ModelInputs, pad: int | None) -> None:
+    """Check that padding at the ends of sequences has a mask of 0."""
     if pad is None or inputs.input_ids.shape[1] < 2:
         return
-    counted = valid & (inputs.input_ids == pad)
+    counted = (inputs.attention_mask != 0) & (inputs.input_ids == pad)
     twice = (counted[:, 0] & counted[:, 1]) | (counted[:, -1] & counted[:, -2])  # once may be a text that ends
     if bool(twice.any()):
         rows, fix = twice.nonzero()[:, 0].tolist(), "pass the tokenizer's mask, and the completion mask behind it"
         got = f"1 on padding at the ends of rows {rows[:8]} (id {pad})"
-        call.fail(ShapeError, name, got, "0 on padding", fix)
+        expected = "0 on padding, or padding_counts=True where the policy saw it"
+        call.fail(ShapeError, "attention_mask", got, expected, fix)
 
 
 def _check_placeholders(call: Call, inputs: ModelInputs, T: int, merge: int) -> None:

@@ -39,6 +39,17 @@ class Groups(NamedTuple):
         """Say whether any prompt occurs twice."""
         return len(self.firsts) < len(self.of_row)
 
+    def at_equal_positions(self, inputs: ModelInputs, P: int) -> "Groups":
+        """Take rows out whose prompt is not where it is in the first row of their group."""
+        positions, mask = inputs.position_ids, inputs.attention_mask[:, :P] != 0
+        assert positions is not None
+        firsts = torch.tensor(self.firsts, device=mask.device)[self.of_row]
+        moved = (positions[..., :P] != positions[..., firsts, :P]) & mask
+        apart = moved.reshape(-1, *mask.shape).any(dim=0).any(dim=-1).nonzero()[:, 0]
+        of_row = self.of_row.clone()
+        of_row[apart] = len(self.firsts) + torch.arange(len(apart), device=apart.device)
+        return Groups([*self.firsts, *apart.tolist()], of_row)
+
 
 def groups_of(inputs: ModelInputs, P: int, cuts: Any) -> Groups:
     """Find the rows that have their first P columns and all that belongs to them in common, by content."""

@@ -88,6 +88,7 @@ def score_streams(
     other_perception_ids: Tensor | None = None,
     other_perception_mask: Tensor | None = None,
     cast_lm_head_to_fp32: bool = False,
+    padding_counts: bool = False,
     **multimodal_inputs: Any,
 ) -> StreamLogps:
     """Score the last `logits_to_keep` tokens as they are, with the image corrupted, and with the perception hidden.
@@ -122,6 +123,8 @@ def score_streams(
         other_perception_mask: `[B, M]` 0/1; None means all valid.
         cast_lm_head_to_fp32: run the head in fp32, outside of autocast, as TRL does under this name; pass what the
             loss is computed with.
+        padding_counts: padding tokens whose mask is 1 are what the policy was given, or sampled; otherwise two of them
+            at an end of a sequence are taken for a mask that was forgotten.
         multimodal_inputs: everything else that the model is called with (`pixel_values`, `image_grid_thw`,
             `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images`, the number
             of images (or of tiles, where the pixels are tiles) of each sequence, is believed.
@@ -165,7 +168,7 @@ def score_streams(
     if cast_lm_head_to_fp32 and not can_be_fp32(model):
         got, fix = f"True with a {type(head_of(model)).__name__} of 16 bits", "call .float() of the head"
         call.fail(ConfigError, "cast_lm_head_to_fp32", got, "a linear head, or one whose parameters are fp32", fix)
-    whole = check_inputs(call, model, input_ids, attention_mask, logits_to_keep, multimodal_inputs)
+    whole = check_inputs(call, model, input_ids, attention_mask, logits_to_keep, multimodal_inputs, padding_counts)
     B, T = len(input_ids), logits_to_keep
     valid = attention_mask[:, -T:] != 0
     if role_ids is None and isinstance(reader, Method) and "role_ids" not in reader.needs:
@@ -304,18 +307,20 @@ class _Scorer:
         cache_bytes: int,
     ) -> list[Tensor | None] | None:
         placed, T = with_positions(self.model, whole), roles.shape[1]
-        if placed is None:
+        if placed is None or placed.position_ids is None:
             return None
         road = SharedRoad(self.model, placed, T, self.temperature, batch_size, cache_bytes)
+        groups = groups.at_equal_positions(placed, road.P)
         valid, ids = placed.attention_mask[:, -T:] != 0, placed.input_ids[:, -T:]
         seen = valid & (roles == Role.PERCEPTION)
         visual, reasoned = (self.reader.rows(name, roles, valid) for name in STREAMS)
         dark, dark_groups = None, groups
         if "corrupted" in self.wanted and corrupted is not None:
             dark = replace(corrupted, position_ids=placed.position_ids)
-            dark_groups = groups_of(dark, road.P, cuts)
+            dark_groups = groups_of(dark, road.P, cuts).at_equal_positions(dark, road.P)
         # equal rollouts are scored once
-        once = first_alike(groups.of_row, dark_groups.of_row, ids * valid, valid, roles * valid, *(other or ()))
+        where = (placed.position_ids[..., -T:] * valid).movedim(-2, 0)
+        once = first_alike(groups.of_row, dark_groups.of_row, ids * valid, valid, roles * valid, where, *(other or ()))
         is_first = (once == torch.arange(len(once), device=once.device))[:, None]
         prefix = road.prefix(placed, cuts, groups)
         if prefix is None:

@@ -214,6 +214,34 @@ def got_ocr2():
     return hf.GotOcr2ForConditionalGeneration(config), by_hand(marks, cut, repeated("<imgpad>", 16))
 
 
+@family("<image>", images=(2, 1, 1), sizes=((32, 32), (64, 32)))
+def phi4_multimodal():
+    marks = tokenizer("<image>")
+    text = text_settings(marks, "head_dim", rope_parameters=ROPE | {"partial_rotary_factor": 1.0})
+    hearing = {
+        "hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2, "ext_pw_out_channel": 32,
+        "depthwise_separable_out_channel": 32, "input_size": 16, "nemo_conv_channels": 32, "audio_token_id": 1,
+    }  # fmt: skip
+    tower = TOWER | {"crop_size": 32, "feature_layer": -1, **ids_of(marks, image_token_id="<image>")}
+    config = hf.Phi4MultimodalConfig(
+        **text, original_max_position_embeddings=1024, vision_config=tower, audio_config=hearing
+    )
+    images = hf.Phi4MultimodalImageProcessor(size=SQUARE, patch_size=8, dynamic_hd=4)
+
+    def pixels(pictures: list) -> dict[str, Any]:
+        made = dict(images(pictures, return_tensors="pt"))
+        return {name: x for name, x in made.items() if name != "num_img_tokens"}  # of crops of 448 pixels
+
+    def repeat(texts: list[str], made: dict[str, Any]) -> list[str]:
+        """2 x 2 tokens a tile, and 2 x 2 of the thumbnail, one more behind each row, and one between the two."""
+        tiles = (made["image_sizes"] // 32).tolist() if made else []
+        counts = iter([2 * h * (2 * w + 1) + 7 for h, w in tiles])
+        pieces = [text.split("<image>") for text in texts]
+        return [first + "".join("<image>" * next(counts) + x for x in rest) for first, *rest in pieces]
+
+    return hf.Phi4MultimodalForCausalLM(config), by_hand(marks, pixels, repeat)
+
+
 # Pictures beside the tokens
 
 

@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 import transformers
-from families import grids, others, tiles
-from families.harness import FAMILIES, Rollout, built
-from PIL import Image
-from rollouts import assert_close, largest
+from families.harness import FAMILIES, Rollout
+from families.streams import EXACT, check_streams
+from rollouts import assert_close
 
 from srpo import ConfigError, PatchMask, corrupt_images, role_weighted_grpo_loss_from_logps, score_streams
 
@@ -19,27 +18,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-TABLES = (grids, tiles, others)  # reading them fills FAMILIES
-EXACT = {"rtol": 0, "atol": 5e-5}
+
+# Models, or processors, that do nothing without a picture.
+SEEING = ("paligemma", "git", "kosmos2", "blip2", "instructblip", "mllama")
+LATE = [pytest.param(name, (0, 2, 1), marks=pytest.mark.slow) for name in FAMILIES if name not in SEEING]
+LATE += [pytest.param("llava_onevision", (0, 2, 1), id="a processor that counts pictures where there are some")]
 
 
-# Positions that neither a module shows nor a probe finds are to be passed.
-GIVEN = {"kosmos2": lambda rollout: {"position_ids": rollout.mask.cumsum(dim=1) * rollout.mask}}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_streams_are_those_of_the_model(name):
-    rollout = Rollout(FAMILIES[name])
-    dark, given = rollout.without_pictures(), GIVEN[name](rollout) if name in GIVEN else {}
-    whole = rollout.score(corrupted_inputs=dark, **given)
-    assert_close(whole.logps, rollout.each_alone(), rollout.valid, **EXACT)
-    assert_close(whole.corrupted_logps, rollout.whole(**dark), rollout.visual, **EXACT)
-    assert_close(whole.ablated_logps, rollout.deleted(), rollout.reasoned, **EXACT)
-    assert largest(whole.corrupted_logps, whole.logps, rollout.visual) > 1e-3
-    assert largest(whole.ablated_logps, whole.logps, rollout.reasoned) > 1e-3
-    for batch_size in (1, 2):
-        for part, x in zip(rollout.score(corrupted_inputs=dark, batch_size=batch_size, **given), whole, strict=True):
-            assert_close(part, x, rollout.valid, **EXACT)
+@pytest.mark.parametrize(("name", "images"), [*((name, None) for name in FAMILIES), *LATE])
+def test_streams_are_those_of_the_model(name, images):
+    check_streams(name, images)
 
 
 # What is refused, and the advice
@@ -107,23 +95,3 @@ def test_encoder_decoders():
     )
     out.loss.backward()
     assert max(x.grad.abs().max() for x in model.parameters() if x.grad is not None) > 0
-
-
-# Tiles and a thumbnail
-
-
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("side", [64, 128])
-def test_a_picture_is_hidden_alike_in_all_its_views(side, share):
-    """A place of a white picture is hidden if less than half of its light is left, in its tile and in the thumbnail."""
-    _, processor = built(FAMILIES["idefics3_split"])
-    processor.image_processor.size = {"longest_edge": side}
-    white, n, found = Image.new("RGB", (side, side), "white"), side // 32, []
-    for seed in range(40):
-        dark = corrupt_images([[white]], PatchMask(share), seed=seed, processor=processor)
-        black = processor(text=["<image>"], images=dark, return_tensors="pt")["pixel_values"][0].mean(dim=1) < 0
-        tiles = torch.cat([torch.cat(list(black[n * row : n * row + n]), dim=1) for row in range(n)])
-        thumbnail = black[n * n].repeat_interleave(n, 0).repeat_interleave(n, 1)
-        found.append(torch.stack([x.float().mean() for x in (tiles, thumbnail, tiles & thumbnail)]))
-    for hidden in torch.stack(found).mean(dim=0):
-        assert abs(hidden - share) < 0.05

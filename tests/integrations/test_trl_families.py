@@ -27,7 +27,7 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize("images", [(1, 2), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("images", [(1, 2), (2, 0, 1), (0, 2, 1)], ids=str)
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_steps(name, images, tmp_path):
     family = FAMILIES[name]

@@ -62,6 +62,20 @@ def test_a_prompt_is_corrupted_and_processed_once(tmp_path, monkeypatch):
     assert (len(corrupted), processed) == (1, [2])
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_prompts_that_the_processor_pads(padded, tmp_path, recwarn):
+    """Gemma 4's processor pads by itself, and TRL counts the padding: the policy sees it, and so do the streams."""
+    settings = {"chat_template_kwargs": {"padding": padded}, "max_steps": 1}
+    trainer = make_trainer(Checked, tmp_path, "qwen25vl", images=(1, 2), **settings)
+    trainer.train()
+    valid = trainer.output["completion_mask"].bool()
+    rollouts.assert_close(trainer.streams.logps, trainer.own, valid)
+    rollouts.assert_close(trainer.streams.corrupted_logps, trainer.without_pictures, valid & (trainer.roles == 1))
+    warned = [str(x.message) for x in recwarn if "pads prompts" in str(x.message)]
+    assert len(warned) == padded
+    assert bool(trainer.output["prompt_mask"].all()) == padded
+
+
 def test_pixels_without_pictures_are_corrupted_where_they_lie(tmp_path):
     class Blind(Checked):
         def _score(self, output, role_ids, credit):

@@ -682,6 +682,16 @@ def test_bad_input_is_refused_before_any_forward(qwen, case):
     assert (named or argument) in str(raised.value)
 
 
+def test_padding_that_the_policy_saw(qwen):
+    """Trainers pass the mask of what was sampled: TRL counts the padding that some processors add to prompts."""
+    ones = torch.ones_like(qwen.mask)
+    got = replace(qwen, mask=ones).score(padding_counts=True, streams=("clean",))
+    with torch.no_grad():
+        logits = qwen.model(input_ids=qwen.ids, attention_mask=ones, **qwen.inputs).logits[:, -T - 1 : -1].float()
+    own = logits.log_softmax(dim=-1).gather(-1, qwen.ids[:, -T:, None])[..., 0]
+    assert_close(got.logps, own, ones[:, -T:].bool())
+
+
 @pytest.mark.parametrize("family", ["idefics3", "llava"])
 def test_pixels_that_do_not_fit_the_image_tokens(family):
     rollout = make_rollout(family, tiny_vlms.build(family))

@@ -143,6 +143,21 @@ def test_a_prompt_with_two_pictures_in_turn_is_not_shared():
     assert (got.logps[1] - group.score().logps[1]).abs().max() > 1e-3
 
 
+def test_prompts_at_other_positions_are_not_shared(group):
+    """HunYuan-VL counts pictures through the whole batch: the second rollout of a prompt is elsewhere."""
+    positions = (group.mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions[1] *= 2
+    ids, mask, roles = group.ids.clone(), group.mask.clone(), group.roles.clone()
+    for x in (ids, mask, roles):
+        x[1, -T:] = x[0, -T:]  # equal but for where they are
+    moved = replace(group, ids=ids, mask=mask, roles=roles)
+    given = positions.expand(3, -1, -1) if "qwen" in group.family else positions
+    got = moved.score(position_ids=given)
+    assert scoring.PROOFS.known(group.model) is True
+    agree(got, on_whole_sequences(moved, position_ids=given))
+    assert (got.logps[1] - got.logps[0]).abs().max() > 1e-3
+
+
 def test_nothing_outlives_a_call(group):
     model = copy.deepcopy(group.model)
     own = replace(group, model=model)
