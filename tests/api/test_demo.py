@@ -336,14 +336,14 @@ def test_a_missing_package_is_named_with_the_install_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert DEMO_PACKAGES[module] in error
-    assert "pip install 'srpo[demo]'" in error
+    assert "pip install -e '.[demo]'" in error
 
 
 def test_the_demo_in_trl_names_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "srpo.demo.trainer", raising=False)
     assert main(["demo", "--trainer", "trl"]) == 2
-    assert "needs trl: pip install 'srpo[demo,trl]'" in capsys.readouterr().err
+    assert "needs trl: pip install -e '.[demo,trl]'" in capsys.readouterr().err
 
 
 def test_env_names_versions_device_and_backend(monkeypatch: pytest.MonkeyPatch):
