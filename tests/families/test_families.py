@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 
 import pytest
@@ -28,6 +29,23 @@ LATE += [pytest.param("llava_onevision", (0, 2, 1), id="a processor that counts 
 @pytest.mark.parametrize(("name", "images"), [*((name, None) for name in FAMILIES), *LATE])
 def test_streams_are_those_of_the_model(name, images):
     check_streams(name, images)
+
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_5"])
+def test_the_recipe_of_the_readme(name):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (recipe,) = (block for block in blocks if "def score_rollout" in block)
+    names = {"torch": torch, "PatchMask": PatchMask, "score_streams": score_streams}
+    exec(recipe, names)
+    rollout = Rollout(FAMILIES[name], (2, 0, 1))
+    given = (rollout.texts, rollout.images, rollout.completion_ids, rollout.completion_mask, rollout.roles)
+    out = names["score_rollout"](rollout.model, rollout.processor, *given)
+    assert_close(out.logps, rollout.each_alone(), rollout.valid, **EXACT)
+    assert_close(out.corrupted_logps, rollout.whole(**rollout.without_pictures()), rollout.visual, **EXACT)
+    assert_close(out.ablated_logps, rollout.deleted(), rollout.reasoned, **EXACT)
 
 
 # What is refused, and the advice
