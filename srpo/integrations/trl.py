@@ -88,8 +88,8 @@ class SRPOTrainer(GRPOTrainer):
     the contrast streams scored).
 
     Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
-    also inside of a generation batch. Corruption seeds come from pictures and prompts, strength from the step: no state.
-    Weights are read as transformers wrote them, also where a family is saved under other names than its own.
+    also inside of a generation batch. Corruption seeds come from pictures and prompts, strength from the step: neither
+    has state. Weights are read as transformers wrote them, also where a family is saved under other names than its own.
 
     Raises:
         ConfigError: `args` is not an `SRPOConfig`, or a checkpoint to resume from lacks a tensor.
