@@ -77,7 +77,7 @@ class SRPOTrainer(GRPOTrainer):
     streams scored).
 
     Stop and resume: the buffered rollouts are saved with each checkpoint, so that a resumed run continues where it was
-    also inside of a generation batch. Corruption seeds come from the tokens, strength from the step: neither has state.
+    also inside of a generation batch. Seeds come from pictures and prompts, strength from the step: neither has state.
 
     Raises:
         ConfigError: `args` is not an `SRPOConfig`.
