@@ -1,6 +1,10 @@
 """The README's recipe for published weights, where they are on the disk already; nothing is downloaded."""
 
+import importlib.util
+import json
+
 import pytest
+import tiny_vlms
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
@@ -40,3 +44,21 @@ def test_streams_of_published_weights():
     contrast = streams.logps - streams.corrupted_logps
     assert streams.logps.isfinite().all()
     assert contrast[roles == 1].abs().max() > 0.01
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_which_processors_load_without_torchvision(family, tmp_path):
+    """As the README says it: those of families that take videos do not."""
+    processor = tiny_vlms.build(family)[1]
+    if "qwen" not in family:
+        processor.save_pretrained(tmp_path)
+        assert transformers.AutoProcessor.from_pretrained(tmp_path).image_processor is not None
+        return
+    for half in (processor.tokenizer, processor.image_processor):
+        half.save_pretrained(tmp_path)
+    name = {"qwen25vl": "Qwen2_5_VLProcessor", "qwen3vl": "Qwen3VLProcessor"}[family]
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": name}))
+    with pytest.raises(ImportError, match="Torchvision"):
+        transformers.AutoProcessor.from_pretrained(tmp_path)
