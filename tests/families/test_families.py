@@ -34,6 +34,10 @@ def test_streams_are_those_of_the_model(name, images):
 README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
+def test_the_table_of_the_readme_has_all_families():
+    assert f"| equal | {len(FAMILIES)} | {', '.join(FAMILIES)} |" in README.read_text()
+
+
 @pytest.mark.parametrize("name", ["internvl", "qwen3_5"])
 def test_the_recipe_of_the_readme(name):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
