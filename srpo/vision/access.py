@@ -208,7 +208,7 @@ def head_states(model: Any, inputs: dict[str, Any], keep: int, *, use_cache: boo
     finally:
         for handle in handles:
             handle.remove()
-    logits, cache = out.logits, getattr(out, cache_name(model), None)
+    logits, cache = out.logits, getattr(out, cache_name(model), None) if use_cache else None
     if len(states) != 1 or len(outputs) != 1:
         return HeadStates(logits, False, cache)
     own = outputs[0]

@@ -174,7 +174,7 @@ def built(chosen: Family) -> tuple[Any, Any]:
 class Rollout:
     """Sequences of a family: prompts padded on the left, ragged completions, and the pictures."""
 
-    def __init__(self, chosen: Family, images: tuple[int, ...] | None = None) -> None:
+    def __init__(self, chosen: Family, images: tuple[int, ...] | None = None, *, group: bool = False) -> None:
         self.family = chosen
         self.model, self.processor = built(chosen)
         counts = images or chosen.images
@@ -183,6 +183,8 @@ class Rollout:
         questions = ["how many?"[: 3 + 2 * i * chosen.ragged] for i in range(len(counts))]
         blocks = ["".join(chosen.block + "abc"[j] for j in range(count)) for count in counts]
         self.texts = [f"<|user|>{x}{question}<|assistant|>" for x, question in zip(blocks, questions, strict=True)]
+        if group:  # the first two sequences answer the same prompt
+            self.texts[1], self.images[1] = self.texts[0], self.images[0]
         generator = torch.Generator().manual_seed(1)
         lengths = torch.tensor(LENGTHS if chosen.ragged else (T,) * 3)[: len(counts), None]
         self.completion_mask = (torch.arange(T) < lengths).long()

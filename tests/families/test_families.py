@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from families.harness import FAMILIES, Rollout
-from families.streams import EXACT, check_streams
+from families.streams import EXACT, GIVEN, check_streams
 from rollouts import assert_close
 
 from srpo import ConfigError, PatchMask, corrupt_images, role_weighted_grpo_loss_from_logps, score_streams
+from srpo.vision import scoring
+from srpo.vision.prefix import Proofs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -20,6 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+# Families whose prompts are not shared: their layers keep a state, something follows the head (a cap, a scale, banned
+# tokens), pictures are no part of the token stream or are wanted in each forward, or positions cannot be said.
+WHOLE = {
+    *("lfm2_vl", "lfm2_vl_split", "lfm3", "qwen3_5", "qwen3_5_moe"),
+    *("chameleon", "gemma4", "gemma4_bidirectional", "hyperclova"),
+    *("blip2", "idefics1", "instructblip", "kosmos2"),
+}
 # Models, or processors, that do nothing without a picture.
 SEEING = ("paligemma", "git", "kosmos2", "blip2", "instructblip", "mllama")
 LATE = [pytest.param(name, (0, 2, 1), marks=pytest.mark.slow) for name in FAMILIES if name not in SEEING]
@@ -29,6 +38,22 @@ LATE += [pytest.param("llava_onevision", (0, 2, 1), id="a processor that counts 
 @pytest.mark.parametrize(("name", "images"), [*((name, None) for name in FAMILIES), *LATE])
 def test_streams_are_those_of_the_model(name, images):
     check_streams(name, images)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_of_two_sequences_scores_alike(name, monkeypatch):
+    """Computed once where the model can go on from its cache, and in whole sequences: the same streams."""
+    rollout = Rollout(FAMILIES[name], group=True)
+    given = {"corrupted_inputs": rollout.without_pictures(), **GIVEN.get(name, lambda _: {})(rollout)}
+    rollout.score(**given)  # proves
+    shared = rollout.score(**given)
+    shares = scoring.PROOFS.known(rollout.model)
+    assert bool(shares) == (name not in WHOLE)
+    monkeypatch.setattr(scoring, "PROOFS", Proofs())
+    scoring.PROOFS.keep(rollout.model, False, "a test")
+    for got, expected in zip(shared, rollout.score(**given), strict=True):
+        assert_close(got, expected, rollout.valid & ~expected.isnan(), rtol=0, atol=1e-5)
+        assert torch.equal(got.isnan(), expected.isnan())
 
 
 README = pathlib.Path(__file__).parents[2] / "README.md"
