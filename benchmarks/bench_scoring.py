@@ -1,14 +1,14 @@
 """Show what scoring three streams costs: plain forwards of the model against `score_streams`, on both of its roads.
 
-    python benchmarks/bench_scoring.py [--group 8] [--prompt 1100] [--completion 128] [--repeats 3]
+    python benchmarks/bench_scoring.py [--group 8] [--prompt 1100] [--completion 256] [--repeats 3]
     python benchmarks/bench_scoring.py --sweep [--json] [--plot]
     python benchmarks/bench_scoring.py --rounding
 
-The model is a Qwen2.5-VL of six layers with random weights. Two prompts, each mostly picture, are answered by `group`
-rollouts each; half of a completion is perception, half reasoning. Columns, head rows and pictures are counted by hooks
-while a case runs, and tell what to expect: time follows the columns that go through the decoder. Equality with plain
-forwards is checked before anything is timed. `--rounding` shows what bf16 does instead of timing: by how much roads
-differ, in log-probs, contrasts and weights.
+The model is a Qwen2.5-VL of four layers with random weights. A prompt, mostly picture, is answered by `group` rollouts;
+half of a completion is perception, half reasoning. Columns, head rows and pictures are counted by hooks while a case
+runs, and tell what to expect: time follows the columns that go through the decoder. Equality with plain forwards is
+checked before anything is timed. `--rounding` shows instead what bf16 does: by how much roads differ, in log-probs,
+contrasts and weights.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from srpo.vision.prefix import Proofs
 
 IMAGE, VISION_START, VISION_END, VIDEO = 5, 6, 7, 8  # ids
 PATCH, MERGE = 14, 2  # pixels per patch, patches per side of an image token
-VOCABULARY, HIDDEN, PROMPTS = 8192, 512, 2
+VOCABULARY, HIDDEN, PROMPTS = 8192, 384, 1
 SWEEP = {"group": (1, 4, 8, 16), "prompt": (300, 1100, 2500), "completion": (128, 256, 512)}
 CASES = ("three forwards", "one forward", "one forward, TRL's log-probs", "whole sequences", "shared prompts")
 
@@ -42,13 +42,13 @@ CASES = ("three forwards", "one forward", "one forward, TRL's log-probs", "whole
 def build() -> transformers.Qwen2_5_VLForConditionalGeneration:
     """Build the model from a config."""
     vision = {
-        "depth": 4, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": HIDDEN,
+        "depth": 2, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": HIDDEN,
         "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [3],
+        "fullatt_block_indexes": [1],
     }  # fmt: skip
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "num_hidden_layers": 6,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 1,
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 1,
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4},
     }  # fmt: skip
@@ -238,7 +238,7 @@ def table_of(found: dict[str, Any]) -> str:
         for name, r in rows.items()
     ]  # fmt: skip
     headers = ["case", "ms", "/ one", "columns / one", "head rows", "pictures", "peak MiB", "/ one"]
-    about = f"{PROMPTS} prompts of {found['prompt']} tokens x {found['group']} rollouts, T={found['completion']}"
+    about = f"a prompt of {found['prompt']} tokens x {found['group']} rollouts, T={found['completion']}"
     text = tabulate(lines, headers, floatfmt=("", ".0f", ".2f", ".2f", ".0f", ".0f", ".0f", ".2f"))
     return f"{about}; streams equal plain forwards to {found['difference']:.0e} nats\n{text}\n"
 
