@@ -319,7 +319,11 @@ def test_bad_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     assert caught.value.code == 2
-    assert "python -m srpo" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "python -m srpo" in said
+    if "--steps" in arguments or "--seed" in arguments:
+        lowest = 1 if "--steps" in arguments else 0
+        assert f"'{arguments[-1]}' is not an integer of at least {lowest}" in said
 
 
 @pytest.mark.parametrize("module", DEMO_PACKAGES)
