@@ -39,6 +39,7 @@ from srpo.vision.access import (
 )
 from srpo.vision.contexts import check_corrupted, corrupted_context
 from srpo.vision.corruption import PatchMask, PixelLayout
+from srpo.vision.in_step import Batch, run_in_step
 from srpo.vision.inputs import ModelInputs, check_inputs, row_cuts
 from srpo.vision.prefix import PROOFS, Groups, agree, groups_of, with_positions
 from srpo.vision.shared import SharedRoad, first_alike, shared_groups
@@ -200,12 +201,16 @@ def score_streams(
         shared = scorer.shared(whole, corrupted, roles, other, batch_size or max(B, 1), cache_bytes)
         if shared is not None:
             return StreamLogps(*shared)  # pyright: ignore[reportArgumentType]
-        parts = []
+        batches = []
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
             bad = None if corrupted is None else corrupted.rows(rows, cuts)
             swapped = None if other is None else (other[0][rows], other[1][rows])
-            parts.append(scorer.streams(whole.rows(rows, cuts), bad, roles[rows], swapped))
+            batches.append(Batch(whole.rows(rows, cuts), bad, roles[rows], swapped))
+        if scorer.in_step:
+            parts = run_in_step(model, batches, lambda batch: scorer.streams(*batch))
+        else:
+            parts = [scorer.streams(*batch) for batch in batches]
     return _joined(parts, valid, streams)
 
 
@@ -242,7 +247,7 @@ class _Scorer:
             results[1] = _cells(logps, visual, found, scored)
         if "ablated" in self.wanted:
             scored = logps
-            if reasons.any():
+            if reasons.any() or (self.in_step and other is None):  # finding positions may take a forward
                 context, source = self._ablated(inputs, seen, other, positions)
                 scored = self.score(context, source, ids, reasons)
             else:
