@@ -29,7 +29,7 @@ from torch import Tensor
 from trl.trainer.utils import selective_log_softmax
 
 from srpo import PatchMask, PixelLayout, role_contrast, score_streams, token_weights
-from srpo.vision import scoring
+from srpo.vision import scorer
 from srpo.vision.prefix import Proofs
 
 IMAGE, VISION_START, VISION_END, VIDEO = 5, 6, 7, 8  # ids
@@ -104,12 +104,12 @@ def three_forwards(model: Any, inputs: dict[str, Tensor], roles: Tensor) -> None
 @contextmanager
 def road(model: Any, shares: bool):
     """Have `score_streams` compute each prompt once, or whole sequences."""
-    before, scoring.PROOFS = scoring.PROOFS, Proofs()
-    scoring.PROOFS.keep(model, shares, "the benchmark")
+    before, scorer.PROOFS = scorer.PROOFS, Proofs()
+    scorer.PROOFS.keep(model, shares, "the benchmark")
     try:
         yield
     finally:
-        scoring.PROOFS = before
+        scorer.PROOFS = before
 
 
 def ours(model: Any, inputs: dict[str, Tensor], roles: Tensor, shares: bool, **settings: Any) -> Any:

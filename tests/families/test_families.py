@@ -13,7 +13,7 @@ from families.streams import EXACT, GIVEN, check_streams
 from rollouts import assert_close
 
 from srpo import ConfigError, PatchMask, corrupt_images, role_weighted_grpo_loss_from_logps, score_streams
-from srpo.vision import scoring
+from srpo.vision import scorer
 from srpo.vision.prefix import Proofs
 
 pytestmark = [
@@ -47,10 +47,10 @@ def test_a_prompt_of_two_sequences_scores_alike(name, monkeypatch):
     given = {"corrupted_inputs": rollout.without_pictures(), **GIVEN.get(name, lambda _: {})(rollout)}
     rollout.score(**given)  # proves
     shared = rollout.score(**given)
-    shares = scoring.PROOFS.known(rollout.model)
+    shares = scorer.PROOFS.known(rollout.model)
     assert bool(shares) == (name not in WHOLE)
-    monkeypatch.setattr(scoring, "PROOFS", Proofs())
-    scoring.PROOFS.keep(rollout.model, False, "a test")
+    monkeypatch.setattr(scorer, "PROOFS", Proofs())
+    scorer.PROOFS.keep(rollout.model, False, "a test")
     for got, expected in zip(shared, rollout.score(**given), strict=True):
         assert_close(got, expected, rollout.valid & ~expected.isnan(), rtol=0, atol=1e-5)
         assert torch.equal(got.isnan(), expected.isnan())

@@ -12,7 +12,7 @@ from rollouts import Rollout, T, build_text, make_rollout, processed, same_bits,
 from torch import nn
 
 from srpo import Blank, ShuffleImages, perception_tokens
-from srpo.vision import prefix, scoring
+from srpo.vision import prefix, scorer
 from srpo.vision.access import cache_name
 
 NAMES = ("logps", "corrupted_logps", "ablated_logps", "entropy")
@@ -21,7 +21,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5, "equal_nan": True}
 
 @pytest.fixture(autouse=True)
 def nothing_is_proven(monkeypatch):
-    monkeypatch.setattr(scoring, "PROOFS", prefix.Proofs())
+    monkeypatch.setattr(scorer, "PROOFS", prefix.Proofs())
 
 
 @pytest.fixture(scope="module", params=tiny_vlms.FAMILIES)
@@ -55,13 +55,13 @@ def repeated(one: Rollout, index: tuple[int, ...]) -> Rollout:
 
 def on_whole_sequences(rollout: Rollout, **arguments: Any) -> Any:
     """The streams on the other road."""
-    known = scoring.PROOFS
-    scoring.PROOFS = prefix.Proofs()
-    scoring.PROOFS.keep(rollout.model, False, "a test")
+    known = scorer.PROOFS
+    scorer.PROOFS = prefix.Proofs()
+    scorer.PROOFS.keep(rollout.model, False, "a test")
     try:
         return rollout.score(**arguments)
     finally:
-        scoring.PROOFS = known
+        scorer.PROOFS = known
 
 
 class Columns:
@@ -88,7 +88,7 @@ def agree(got: Any, want: Any, names: tuple[str, ...] = NAMES) -> None:
 )  # fmt: skip
 def test_both_roads_score_alike(group, arguments):
     got = group.score(**arguments)
-    assert scoring.PROOFS.known(group.model) is True  # else this compares a road with itself
+    assert scorer.PROOFS.known(group.model) is True  # else this compares a road with itself
     want = on_whole_sequences(group, **arguments)
     agree(got, want, tuple(name for name in NAMES if getattr(want, name) is not None))
 
@@ -109,7 +109,7 @@ def test_another_perception(group):
     arguments = {"other_perception_ids": own.roll(1, 0), "other_perception_mask": mask.roll(1, 0)}
     got = group.score(streams=("clean", "ablated"), **arguments)
     agree(got, on_whole_sequences(group, streams=("clean", "ablated"), **arguments), ("logps", "ablated_logps"))
-    assert scoring.PROOFS.known(group.model) is True
+    assert scorer.PROOFS.known(group.model) is True
 
 
 def test_equal_rollouts_are_scored_once(group):
@@ -153,7 +153,7 @@ def test_prompts_at_other_positions_are_not_shared(group):
     moved = replace(group, ids=ids, mask=mask, roles=roles)
     given = positions.expand(3, -1, -1) if "qwen" in group.family else positions
     got = moved.score(position_ids=given)
-    assert scoring.PROOFS.known(group.model) is True
+    assert scorer.PROOFS.known(group.model) is True
     agree(got, on_whole_sequences(moved, position_ids=given))
     assert (got.logps[1] - got.logps[0]).abs().max() > 1e-3
 
@@ -199,7 +199,7 @@ def test_text_models(name):
     build, shares = TEXT[name]
     group = repeated(text_rollout(build()), (0, 1, 0, 0, 2, 1))
     got = group.score(streams=("clean", "ablated"))
-    assert bool(scoring.PROOFS.known(group.model)) == shares
+    assert bool(scorer.PROOFS.known(group.model)) == shares
     agree(got, on_whole_sequences(group, streams=("clean", "ablated")), ("logps", "ablated_logps", "entropy"))
 
 
@@ -220,7 +220,7 @@ def test_a_model_that_continues_otherwise_is_found_out(group):
 
     own = replace(group, model=Forgetful(group.model))
     got = own.score()
-    assert scoring.PROOFS.known(own.model) is False
+    assert scorer.PROOFS.known(own.model) is False
     agree(got, on_whole_sequences(group))
 
 
@@ -235,5 +235,5 @@ def test_bf16_differs_by_rounding(group):
         return float((streams.logps - truth.logps).abs().mean())
 
     got = half.score(corruption=Blank())
-    assert scoring.PROOFS.known(half.model) is True
+    assert scorer.PROOFS.known(half.model) is True
     assert error(got) <= 1.3 * error(on_whole_sequences(half, corruption=Blank())) + 1e-3
