@@ -3,6 +3,7 @@
     python benchmarks/bench_scoring.py [--group 8] [--prompt 1100] [--completion 256] [--repeats 3]
     python benchmarks/bench_scoring.py --sweep [--json] [--plot]
     python benchmarks/bench_scoring.py --rounding
+    python benchmarks/bench_scoring.py --readme
 
 The model is a Qwen2.5-VL of four layers with random weights. A prompt, mostly picture, is answered by `group` rollouts;
 half of a completion is perception, half reasoning. Columns, head rows and pictures are counted by hooks while a case
@@ -23,7 +24,7 @@ import torch
 import transformers
 from bench_loss import environment
 from measure import measure
-from report import RESULTS, path_of
+from report import RESULTS, ROOT, path_of, with_block
 from tabulate import tabulate
 from torch import Tensor
 from trl.trainer.utils import selective_log_softmax
@@ -36,7 +37,7 @@ IMAGE, VISION_START, VISION_END, VIDEO = 5, 6, 7, 8  # ids
 PATCH, MERGE = 14, 2  # pixels per patch, patches per side of an image token
 VOCABULARY, HIDDEN, PROMPTS = 8192, 384, 1
 SWEEP = {"group": (1, 4, 8, 16), "prompt": (300, 1100, 2500), "completion": (128, 256, 512)}
-CASES = ("three forwards", "one forward", "one forward, TRL's log-probs", "whole sequences", "shared prompts")
+BEGIN, END = "<!-- scoring: python benchmarks/bench_scoring.py --readme -->", "<!-- end of scoring -->"
 
 
 def build() -> transformers.Qwen2_5_VLForConditionalGeneration:
@@ -243,6 +244,32 @@ def table_of(found: dict[str, Any]) -> str:
     return f"{about}; streams equal plain forwards to {found['difference']:.0e} nats\n{text}\n"
 
 
+def readme_table() -> str:
+    """Return the README's table: the kept sweep, over one plain forward of the same sequences."""
+    kept = json.loads(next(iter(sorted((RESULTS / "scoring").glob("*.json")))).read_text())
+    lines = []
+    for x in sorted(kept["shapes"], key=lambda x: (x["prompt"], x["completion"], x["group"])):
+        one = x["cases"]["one forward"]
+        times = [x["cases"][name]["ms"] / one["ms"] for name in ("three forwards", "whole sequences", "shared prompts")]
+        ours = x["cases"]["shared prompts"]
+        expected, memory = ours["columns"] / one["columns"], ours["peak MiB"] / one["peak MiB"]
+        lines.append([x["prompt"], x["completion"], x["group"], *times, expected, memory])
+    headers = [
+        "prompt",
+        "T",
+        "rollouts",
+        "three forwards",
+        "whole sequences",
+        "shared prompts",
+        "columns",
+        "peak memory",
+    ]
+    about = (
+        f"{kept['environment']['device']}; time over that of one plain forward, columns and memory of shared prompts"
+    )
+    return f"{about}\n\n{tabulate(lines, headers, tablefmt='github', floatfmt='.2f')}"
+
+
 def shapes(options: argparse.Namespace) -> list[tuple[int, int, int]]:
     """Return the shapes to run: one, or a sweep of each size around it."""
     centre = {"group": options.group, "prompt": options.prompt, "completion": options.completion}
@@ -290,11 +317,16 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=256, help="tokens of a completion")
     parser.add_argument("--sweep", action="store_true", help="vary each size around the others")
     parser.add_argument("--rounding", action="store_true", help="compare the roads in bf16, and time nothing")
+    parser.add_argument("--readme", action="store_true", help="write the table of the kept sweep into the README")
     parser.add_argument("--json", action="store_true", help="keep the results under benchmarks/results")
     parser.add_argument("--plot", action="store_true", help="draw the sweep that is kept there")
     options = parser.parse_args()
     if options.rounding:
         print(rounding(build(), *make_inputs(options.group, options.prompt, options.completion)))
+        return
+    if options.readme:
+        path = ROOT / "README.md"
+        path.write_text(with_block(path.read_text(), BEGIN, END, readme_table()))
         return
     where = environment(torch.device("cpu"))
     path = RESULTS / "scoring" / path_of(where["device"]).name

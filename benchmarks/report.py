@@ -153,9 +153,14 @@ def _readme_tables(run: dict[str, Any]) -> str:
 
 def with_figures(readme: str) -> str:
     """Return the README with its figures made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n\n{readme_figures()}\n\n{END}{after}"
+    return with_block(readme, BEGIN, END, readme_figures())
+
+
+def with_block(readme: str, begin: str, end: str, text: str) -> str:
+    """Return the README with what is between two marks replaced."""
+    before, _, rest = readme.partition(begin)
+    after = rest.partition(end)[2]
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:

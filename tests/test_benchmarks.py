@@ -14,6 +14,7 @@ from processes import run_python
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_loss  # noqa: E402
+import bench_scoring  # noqa: E402
 import credit_level  # noqa: E402
 import growth  # noqa: E402
 import hidden_level  # noqa: E402
@@ -203,6 +204,9 @@ class TestFiles:
         readme = (ROOT / "README.md").read_text()
         assert report.BEGIN in readme
         assert report.with_figures(readme) == readme
+        assert bench_scoring.BEGIN in readme
+        block = bench_scoring.readme_table()
+        assert report.with_block(readme, bench_scoring.BEGIN, bench_scoring.END, block) == readme
 
     @pytest.mark.parametrize(
         "arguments", [["--shape", "2", "8"], ["--shape", "gpt-2"], ["--repeats", "0"], ["--plot"], ["--provider", "x"]]

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from report import with_block
 from tabulate import tabulate
 
 from grounding import checks, runs
@@ -191,6 +192,4 @@ def with_section(readme: str, path: pathlib.Path = PATH) -> str:
     """Return the README with its section made anew; one without the markers stays as it is."""
     if BEGIN not in readme:
         return readme
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n\n{section(path)}\n\n{END}{after}"
+    return with_block(readme, BEGIN, END, section(path))
