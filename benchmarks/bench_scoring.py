@@ -267,7 +267,8 @@ def readme_table() -> str:
     about = (
         f"{kept['environment']['device']}; time over that of one plain forward, columns and memory of shared prompts"
     )
-    return f"{about}\n\n{tabulate(lines, headers, tablefmt='github', floatfmt='.2f')}"
+    chart = "![Time over one plain forward, by size](benchmarks/results/scoring/cpu-2-threads.png)"
+    return f"{about}\n\n{tabulate(lines, headers, tablefmt='github', floatfmt='.2f')}\n\n{chart}"
 
 
 def shapes(options: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -286,7 +287,7 @@ def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.8), sharey=True, layout="constrained")
     centre = {name: max({x[name] for x in found}, key=[x[name] for x in found].count) for name in SWEEP}
     colours = dict(zip(("three forwards", "whole sequences", "shared prompts"), ("C7", "C0", "C2"), strict=True))
     for axis, name in zip(axes, SWEEP, strict=True):
@@ -303,7 +304,7 @@ def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.set_xticks([x[name] for x in points], [str(x[name]) for x in points])
         axis.set_ylim(0)
     axes[0].set_ylabel("time / one plain forward")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
