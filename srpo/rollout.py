@@ -16,6 +16,7 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig
 from srpo.credit import Credit, run_credit, token_advantages
+from srpo.errors import ConfigError, describe
 from srpo.methods import Method
 from srpo.metrics import MetricSums, credit_sums, loss_sums
 from srpo.roles import (
@@ -135,8 +136,13 @@ def credit_rollout(
     if role_func is None:
         parse = role_ids_from_completions(completion_ids, tokenizer, completion_mask=completion_mask, grammar=grammar)
     else:
-        mask = torch.ones_like(completion_ids, dtype=torch.bool) if completion_mask is None else completion_mask != 0
-        parse = RoleParse.of(role_func(completion_ids, mask))
+        call = checks.Call("credit_rollout", completion_ids, "completion_ids")
+        mask = checks.mask_of(call, completion_mask, checks.layout_of(call, "completion_ids", completion_ids, None))
+        if not callable(role_func):
+            call.fail(ConfigError, "role_func", describe(role_func), "a function of ids and mask", "pass a function")
+        role_ids = role_func(completion_ids, mask)
+        call.tensor("what role_func returns", role_ids, [tuple(completion_ids.shape)], "[B, T]", "int")
+        parse = RoleParse.of(role_ids)
     streams = score(parse.role_ids, credit)
     weighed = weigh_rollout(
         streams, parse.role_ids, advantages, completion_mask=completion_mask, credit=credit, unclosed=parse.unclosed,

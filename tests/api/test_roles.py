@@ -692,8 +692,12 @@ def test_a_role_function_in_the_place_of_the_grammar() -> None:
     assert seen[0].tolist() == [[True] * 4, [True, True, False, False]]
     assert found.roles.role_ids.tolist() == [[1, 1, 2, 2], [1, 1, 0, 0]]
     assert found.metrics["srpo/parse_failures"] == 0.5
-    with pytest.raises(ShapeError, match="role_ids"):
+    with pytest.raises(ShapeError, match=r"what role_func returns got int64\[1, 2\]"):
         credited(Letters(), "abcd", role_func=lambda ids, mask: ids[:, :2])
+    with pytest.raises(DtypeError, match="what role_func returns got list"):
+        credited(Letters(), "abcd", role_func=lambda ids, mask: ids.tolist())
+    with pytest.raises(ConfigError, match="role_func got int 3"):
+        credited(Letters(), "abcd", role_func=3)
 
 
 def test_metrics_of_marks() -> None:
