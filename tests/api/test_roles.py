@@ -565,7 +565,7 @@ class Letters:
     """One token a character."""
 
     def __len__(self) -> int:
-        return 0x30000
+        return 0x8000
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(map(chr, ids))
