@@ -200,6 +200,40 @@ def clipped_surrogate(ratio, advantage, lowest, highest, delta):
 
 
 @triton.jit
+def token_loss(
+    logps, log_ratio, log_slope, sign, weight, is_ratio, ref, lowest, highest, delta, beta,
+    CISPO: tl.constexpr, HAS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr,
+):  # fmt: skip
+    """Return the loss of a token, its slope in logps, whether it is clipped below and above, and its KL term.
+
+    `sign` is the advantage without its weight; `log_slope` is the slope of `log_ratio` in logps.
+    """
+    ratio, ratio_slope = capped_exp(log_ratio)
+    advantage = sign * weight
+    if CISPO:
+        bound = tl.minimum(ratio, highest)
+        # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
+        policy, slope = tl.where(advantage == 0.0, 0.0, -bound * advantage * logps), -bound * advantage
+        low, high = sign != sign, (ratio > highest) & (sign > 0.0)
+    else:
+        value, value_slope = clipped_surrogate(ratio, advantage, lowest, highest, delta)
+        policy, slope = -value, -value_slope * ratio_slope * log_slope
+        free = tl.minimum(ratio, delta)
+        low, high = (free < lowest) & (sign < 0.0), (free > highest) & (sign > 0.0)
+    if HAS_IS_RATIO:
+        is_ratio = tl.where(is_ratio != is_ratio, 1.0, is_ratio)
+        policy, slope = policy * is_ratio, slope * is_ratio
+    kl = tl.zeros_like(policy)
+    if HAS_KL:
+        log_ref_ratio, ref_slope = difference(ref, logps)
+        kl = k3(-tl.minimum(log_ref_ratio, RATIO_LOG_MAX))
+        ref_ratio, _ = capped_exp(log_ref_ratio)
+        kl_slope = tl.where(log_ref_ratio <= RATIO_LOG_MAX, (1.0 - ref_ratio) * ref_slope, 0.0)
+        policy, slope = policy + beta * kl, slope + beta * kl_slope
+    return policy, slope, low, high, kl
+
+
+@triton.jit
 def contrast_of(d, KIND: tl.constexpr):
     """Map a clamped log-prob difference to a contrast."""
     if KIND == "abs":

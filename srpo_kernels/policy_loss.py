@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from srpo_kernels import launch
-from srpo_kernels.device import RATIO_LOG_MAX, capped_exp, clipped_surrogate, difference, k3, trajectory_range
+from srpo_kernels.device import difference, token_loss, trajectory_range
 from srpo_kernels.rules import LossRule
 
 
 @triton.jit
-def _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.constexpr):
+def log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.constexpr):
     """Return (logps, log ratio, its slope in logps); the ratio is exactly 1 without old log-probs."""
     logps = tl.load(logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
     old = logps
@@ -29,6 +29,22 @@ def _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.conste
         old = tl.load(old_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
     log_ratio, slope = difference(logps, old)
     return logps, log_ratio, slope
+
+
+@triton.jit
+def token_inputs(
+    advantages_ptr, weights_ptr, is_ratio_ptr, ref_logps_ptr, tokens, valid,
+    HAS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr,
+):  # fmt: skip
+    """Return (advantage, weight, importance sampling ratio, reference log-prob); what is not there is 0."""
+    advantage = tl.load(advantages_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    weight = tl.load(weights_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    is_ratio, ref = tl.zeros_like(advantage), tl.zeros_like(advantage)
+    if HAS_IS_RATIO:
+        is_ratio = tl.load(is_ratio_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    if HAS_KL:
+        ref = tl.load(ref_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+    return advantage, weight, is_ratio, ref
 
 
 @triton.jit(
@@ -61,7 +77,7 @@ def _policy_loss_fwd_kernel(
         for first in range(start, end, BLOCK_T):
             tokens = first + tl.arange(0, BLOCK_T)
             valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
-            _, log_ratio, _ = _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+            _, log_ratio, _ = log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
             total += tl.sum(tl.where(valid, log_ratio, 0.0), 0)
             count += tl.sum(tl.where(valid, 1.0, 0.0), 0)
         sequence_log_ratio = total / tl.maximum(count, 1.0)
@@ -70,33 +86,17 @@ def _policy_loss_fwd_kernel(
     for first in range(start, end, BLOCK_T):
         tokens = first + tl.arange(0, BLOCK_T)
         valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
-        logps, log_ratio, log_slope = _log_ratio_block(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+        logps, log_ratio, log_slope = log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
         if SEQUENCE_TOKEN:
             log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
-        ratio, ratio_slope = capped_exp(log_ratio)
-        sign = tl.load(advantages_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
-        advantage = sign * tl.load(weights_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
-        if CISPO:
-            bound = tl.minimum(ratio, highest)
-            # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
-            policy, slope = tl.where(advantage == 0.0, 0.0, -bound * advantage * logps), -bound * advantage
-            low, high = sign != sign, (ratio > highest) & (sign > 0.0)
-        else:
-            value, value_slope = clipped_surrogate(ratio, advantage, lowest, highest, delta)
-            policy, slope = -value, -value_slope * ratio_slope * log_slope
-            free = tl.minimum(ratio, delta)
-            low, high = (free < lowest) & (sign < 0.0), (free > highest) & (sign > 0.0)
-        if HAS_IS_RATIO:
-            is_ratio = tl.load(is_ratio_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
-            is_ratio = tl.where(is_ratio != is_ratio, 1.0, is_ratio)
-            policy, slope = policy * is_ratio, slope * is_ratio
+        sign, weight, is_ratio, ref = token_inputs(
+            advantages_ptr, weights_ptr, is_ratio_ptr, ref_logps_ptr, tokens, valid, HAS_KL, HAS_IS_RATIO
+        )
+        policy, slope, low, high, kl = token_loss(
+            logps, log_ratio, log_slope, sign, weight, is_ratio, ref, lowest, highest, delta, beta,
+            CISPO, HAS_KL, HAS_IS_RATIO,
+        )  # fmt: skip
         if HAS_KL:
-            ref = tl.load(ref_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
-            log_ref_ratio, ref_slope = difference(ref, logps)
-            kl = k3(-tl.minimum(log_ref_ratio, RATIO_LOG_MAX))
-            ref_ratio, _ = capped_exp(log_ref_ratio)
-            kl_slope = tl.where(log_ref_ratio <= RATIO_LOG_MAX, (1.0 - ref_ratio) * ref_slope, 0.0)
-            policy, slope = policy + beta * kl, slope + beta * kl_slope
             kl_sum += tl.sum(tl.where(valid, kl, 0.0), 0)
         loss += tl.sum(tl.where(valid, policy, 0.0), 0)
         n_low += tl.sum(tl.where(valid & low, 1.0, 0.0), 0)

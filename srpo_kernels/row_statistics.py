@@ -34,7 +34,7 @@ from srpo_kernels.device import (
 
 
 @triton.jit
-def _row_ptr(logits_ptr, b, t, stride_b, stride_t):
+def row_pointer(logits_ptr, b, t, stride_b, stride_t):
     return logits_ptr + b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
 
 
@@ -52,11 +52,13 @@ def _stream_row_ptr(
     stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t,
     N_STREAMS: tl.constexpr,
 ):  # fmt: skip
-    row_ptr = _row_ptr(logits_ptr, b, t, stride_b, stride_t)
+    row_ptr = row_pointer(logits_ptr, b, t, stride_b, stride_t)
     if N_STREAMS > 1:
-        row_ptr = tl.where(stream == 1, _row_ptr(corrupted_ptr, b, t, corrupted_stride_b, corrupted_stride_t), row_ptr)
+        row_ptr = tl.where(
+            stream == 1, row_pointer(corrupted_ptr, b, t, corrupted_stride_b, corrupted_stride_t), row_ptr
+        )
     if N_STREAMS > 2:
-        row_ptr = tl.where(stream == 2, _row_ptr(ablated_ptr, b, t, ablated_stride_b, ablated_stride_t), row_ptr)
+        row_ptr = tl.where(stream == 2, row_pointer(ablated_ptr, b, t, ablated_stride_b, ablated_stride_t), row_ptr)
     return row_ptr
 
 
@@ -127,6 +129,31 @@ def _chunk_statistics(
 
 
 @triton.jit
+def sweep_row(
+    row_ptr, target_id, V, stride_v, inv_temperature,
+    HAS_ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK_V: tl.constexpr,
+    VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Return (logp, row_max, log_sum, entropy) of a row."""
+    scale = inv_temperature * LOG2E
+    target_id = _column_of_id(target_id, V)
+    target = tl.cast(float("nan"), tl.float32)  # of an id outside the vocabulary
+    row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
+    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
+    x = _load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
+    for first in range(0, V, CHUNK_V):
+        chunk_max, chunk_sum, chunk_weighted, target, x = _chunk_statistics(
+            row_ptr, x, first, tl.minimum(first + CHUNK_V, V), end, stride_v, target_id, target, scale,
+            HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
+        )  # fmt: skip
+        row_max, row_sum, weighted = merge_statistics(
+            row_max, row_sum, weighted, chunk_max, chunk_sum, chunk_weighted, scale
+        )
+    logp, log_sum, entropy = finish_statistics(target, row_max, row_sum, weighted, inv_temperature)
+    return logp, row_max, log_sum, entropy
+
+
+@triton.jit
 def _store_row(
     logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, cell, stream, row,
     logp, row_max, log_sum, entropy, HAS_ENTROPY: tl.constexpr,
@@ -166,22 +193,10 @@ def _row_statistics_fwd_kernel(
         logits_ptr, corrupted_ptr, ablated_ptr, stream, row // T, row % T,
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
-    inv_temperature = tl.cast(inv_temperature, tl.float32)
-    scale = inv_temperature * LOG2E
-    target_id = _column_of_id(tl.load(ids_ptr + row), V)
-    target = tl.cast(float("nan"), tl.float32)  # of an id outside the vocabulary
-    row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
-    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
-    x = _load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
-    for first in range(0, V, CHUNK_V):
-        chunk_max, chunk_sum, chunk_weighted, target, x = _chunk_statistics(
-            row_ptr, x, first, tl.minimum(first + CHUNK_V, V), end, stride_v, target_id, target, scale,
-            HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
-        )  # fmt: skip
-        row_max, row_sum, weighted = merge_statistics(
-            row_max, row_sum, weighted, chunk_max, chunk_sum, chunk_weighted, scale
-        )
-    logp, log_sum, entropy = finish_statistics(target, row_max, row_sum, weighted, inv_temperature)
+    logp, row_max, log_sum, entropy = sweep_row(
+        row_ptr, tl.load(ids_ptr + row), V, stride_v, tl.cast(inv_temperature, tl.float32),
+        HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, CHUNK_V, VECTOR, HAS_EDGE,
+    )  # fmt: skip
     _store_row(
         logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, cell, stream, row,
         logp, row_max, log_sum, entropy, HAS_ENTROPY,
@@ -272,6 +287,43 @@ def _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_E
     return -(slope * p)
 
 
+@triton.jit
+def write_gradient(
+    out_row_ptr, row_ptr, start, V, out_stride_v, stride_v, target_id, row_max, log_sum, entropy, g, h, inv_temperature,
+    HAS_ENTROPY_GRAD: tl.constexpr, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a block of columns, and of the edge behind the last; it may replace its logits."""
+    cols = start + tl.arange(0, BLOCK_V)
+    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
+    x = _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V).to(tl.float32)
+    gradient = _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
+    if (target_id >= start) & (target_id < start + BLOCK_V):
+        gradient += tl.where(tl.arange(0, BLOCK_V) == (target_id - start).to(tl.int32), g, 0.0)
+    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    tl.store(out, gradient * inv_temperature, mask=cols < end)
+    if HAS_EDGE and start + BLOCK_V >= V:
+        edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+        tl.debug_barrier()  # every warp loads a copy: in place, none may find what another has stored
+        edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
+        edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
+        _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
+
+
+@triton.jit
+def write_zeros(
+    out_row_ptr, start, V, out_stride_v,
+    UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Write zeros over a block of columns, and over the edge behind the last."""
+    cols = start + tl.arange(0, BLOCK_V)
+    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
+    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < end)
+    if HAS_EDGE and start + BLOCK_V >= V:
+        _store_edge(out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR)
+
+
 @triton.jit(
     do_not_specialize=["n_blocks", "T", "L"],
     do_not_specialize_on_alignment=["ids_ptr", "grad_logps_ptr", "grad_entropy_ptr"],
@@ -297,35 +349,19 @@ def _logits_gradient_bwd_kernel(
         h = tl.load(grad_entropy_ptr + cell, mask=has_token, other=0.0).to(tl.float32)
         needed = needed | (h != 0.0)
     start = block * BLOCK_V
-    cols = start + tl.arange(0, BLOCK_V)
-    row_ptr = _row_ptr(logits_ptr, b, t, stride_b, stride_t)
-    out_row_ptr = _row_ptr(out_ptr, b, t, out_stride_b, out_stride_t)
-    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
-    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
-    has_edge = HAS_EDGE and start + BLOCK_V >= V
+    row_ptr = row_pointer(logits_ptr, b, t, stride_b, stride_t)
+    out_row_ptr = row_pointer(out_ptr, b, t, out_stride_b, out_stride_t)
     if needed:
         inv_temperature = tl.cast(inv_temperature, tl.float32)
         row_max, log_sum, entropy = tl.load(row_max_ptr + cell), tl.load(log_sum_ptr + cell), 0.0
         if HAS_ENTROPY_GRAD:
             entropy = tl.load(entropy_ptr + cell)
-        target_id = tl.load(ids_ptr + cell)
-        x = _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V).to(tl.float32)
-        gradient = _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
-        if (target_id >= start) & (target_id < start + BLOCK_V):
-            gradient += tl.where(tl.arange(0, BLOCK_V) == (target_id - start).to(tl.int32), g, 0.0)
-        tl.store(out, gradient * inv_temperature, mask=cols < end)
-        if has_edge:
-            edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
-            tl.debug_barrier()  # every warp loads a copy: in place, none may find what another has stored
-            edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
-            edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
-            _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
+        write_gradient(
+            out_row_ptr, row_ptr, start, V, out_stride_v, stride_v, tl.load(ids_ptr + cell), row_max, log_sum, entropy,
+            g, h, inv_temperature, HAS_ENTROPY_GRAD, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
+        )  # fmt: skip
     else:
-        tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < end)
-        if has_edge:
-            _store_edge(
-                out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR
-            )  # fmt: skip
+        write_zeros(out_row_ptr, start, V, out_stride_v, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE)
 
 
 def row_statistics_fwd(

@@ -106,7 +106,7 @@ FAULTS: dict[tuple[str, str], Fault] = {
             "row_statistics",
             (
                 ("out_stride_b: tl.int64, out_stride_t: tl.int64", "out_stride_b, out_stride_t"),
-                ("_row_ptr(out_ptr, b, t, out_stride_b", "(out_ptr + b * out_stride_b + t * out_stride_t"),
+                ("row_pointer(out_ptr, b, t, out_stride_b", "(out_ptr + b * out_stride_b + t * out_stride_t"),
                 ("* out_stride_t, out_stride_t)", "* out_stride_t)"),
             ),
             (),
