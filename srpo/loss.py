@@ -9,10 +9,10 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
 from srpo.errors import ConfigError
-from srpo.request import check_request
-from srpo.stage import LossOutput, run
+from srpo.request import Request, check_request
+from srpo.stage import LossOutput, finish, loss_terms, run, weigh
 from srpo.streams import Streams
-from srpo_kernels import ops
+from srpo_kernels import backends, ops
 
 
 class SelectedLogps(NamedTuple):
@@ -122,6 +122,12 @@ def role_weighted_grpo_loss(
     if inplace_backward:
         _check_inplace(call, logits)
 
+    learns = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward
+    weighs_first = not request.scores and (not request.reads or old_logps is not None)
+    of_rows = weighs_first and loss.importance_sampling_level == "token"
+    if learns and of_rows and backends.trains_rows(logits, mask.numel(), chosen):
+        return _train_rows(request, logits, ids)
+
     live = request.scores
     row_masks = [mask, *(credit.rows(name, request.role_ids, mask) for name in live)]
     padded = layout.cu_seqlens is None
@@ -141,6 +147,18 @@ def role_weighted_grpo_loss(
         logps, entropy = logps[:, 0], entropy[0]
     scored = request.streams._replace(**{name: logps[k + 1].detach() for k, name in enumerate(live)})
     return run(request, logps[0], entropy.detach(), scored)
+
+
+def _train_rows(request: Request, logits: Tensor, ids: Tensor) -> LossOutput:
+    """Compute the loss and, while the logits are at hand, its gradient: weights do not depend on them."""
+    layout, mask, loss = request.layout, request.mask, request.loss
+    nothing = torch.zeros(layout.shape, dtype=torch.float32, device=logits.device)
+    weighed = weigh(request, nothing, request.streams)
+    terms = loss_terms(request, weighed.weights)
+    batch = (logits, ids, mask) if layout.cu_seqlens is None else (logits[None], ids[None], mask[None])
+    anchor, logps, entropy = ops.row_training(*batch, terms[:5], terms.scale, layout, loss.temperature, loss.rule)
+    out = finish(request, logps.view(layout.shape), entropy.view(layout.shape), weighed)
+    return LossOutput(out.loss + anchor, out.logps, out.weights, out.entropy, out.metrics)
 
 
 def role_weighted_grpo_loss_from_logps(

@@ -32,6 +32,34 @@ def row_statistics(
     return logps, row_max, log_sum, results[0][3] if return_entropy else results[0][3].new_empty(0)
 
 
+def trains_rows(logits: Tensor, n_rows: int, backend: str) -> bool:
+    """Say whether `row_training` takes logits: the gradient is formed before its upstream factor is known.
+
+    In fp16 that would need a unit near the largest coefficient, and another sweep to undo it. Rows that start anywhere
+    are loaded column by column, which takes more registers than a program of many warps has.
+    """
+    aligned = logits.stride(-1) == 1 and logits.stride(-2) % 16 == 0
+    if not launch.TRAINS_ROWS or backend != "triton" or logits.dtype == torch.float16 or not aligned:
+        return False
+    return logits.numel() > 0 and not launch.split_rows(n_rows, logits.device)
+
+
+def row_training(out: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Write the gradient of logits into `out`; return `logps` and `entropy`. Arguments as `row_training_fwd`."""
+    from srpo_kernels.row_training import row_training_fwd
+
+    with launch.device_guard(logits.device):
+        return row_training_fwd(out, logits, *arguments)
+
+
+def scale_gradient(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
+    """Write `gradient * factor` into `out`, which may be `gradient`."""
+    from srpo_kernels.row_training import scale_gradient_bwd
+
+    with launch.device_guard(gradient.device):
+        scale_gradient_bwd(out, gradient, factor)
+
+
 def statistics_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
     """Return the dtype of what `row_statistics` and `policy_loss` return for inputs of a dtype."""
     return torch.float32 if backend == "triton" else row_chunks.compute_dtype(dtype)

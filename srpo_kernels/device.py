@@ -119,13 +119,13 @@ def pick_column(x, column, VECTOR: tl.constexpr):
 
 @triton.jit
 def reduce_lanes(lane_max, lane_sum, lane_weighted, scale):
-    """Merge the statistics of lanes into those of a chunk."""
-    chunk_max = tl.max(lane_max, 0)
-    shift = tl.maximum((lane_max - _finite(chunk_max)) * scale, FLOOR)
+    """Merge the statistics of lanes, the last axis, into those of a chunk."""
+    chunk_max = tl.max(lane_max, -1)
+    shift = tl.maximum((lane_max - tl.expand_dims(_finite(chunk_max), -1)) * scale, FLOOR)
     factor = tl.exp2(shift)
     # fma with 0: a product that must not be fused into the sum, which adds it in some order of the compiler's
-    chunk_sum = tl.sum(tl.fma(lane_sum, factor, 0.0), 0)
-    return chunk_max, chunk_sum, tl.sum(tl.fma(tl.fma(lane_sum, shift, lane_weighted), factor, 0.0), 0)
+    chunk_sum = tl.sum(tl.fma(lane_sum, factor, 0.0), -1)
+    return chunk_max, chunk_sum, tl.sum(tl.fma(tl.fma(lane_sum, shift, lane_weighted), factor, 0.0), -1)
 
 
 @triton.jit

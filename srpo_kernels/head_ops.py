@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels import backends, linear_head, rules
+from srpo_kernels import backends, linear_head, ops, rules
 from srpo_kernels.loss_terms import LossTerms
 
 
@@ -156,30 +156,18 @@ def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "role_weighted_grpo_loss_from_hidden(): create_graph got True, expected False: gradients are formed in "
-            "forward and are not differentiable; take role_weighted_grpo_loss_from_logps of selected log-probs."
-        )
+    ops.refuse_create_graph("role_weighted_grpo_loss_from_hidden")
     *saved, unit = ctx.saved_tensors
     gradients = [x if wanted else None for x, wanted in zip(saved, ctx.wants, strict=True)]
     if grad_anchor is None:
         gradients = [None] * 3
     else:
         factor = grad_anchor / unit
-        if _saved_tensors_are_needed_again():
+        if ops.saved_tensors_are_needed_again():
             gradients = [None if x is None else x * factor for x in gradients]
         else:  # a head's gradient is large: scale it where it is
             gradients = [None if x is None else x.mul_(factor) for x in gradients]
     return *gradients, *[None] * (ctx.n_inputs - 3)
-
-
-def _saved_tensors_are_needed_again() -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    autograd: Any = getattr(torch._C, "_autograd", None)
-    keeps_graph = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps_graph is None or keeps_graph()
 
 
 _linear_head_training.register_autograd(_training_backward, setup_context=_save_training)

@@ -2,6 +2,7 @@
 
     row_statistics     logits -> logps, row_max, log_sum, entropy          differentiable in the first stream of logits
     logits_gradient    coefficients -> dlogits                             `logits_gradient_` overwrites its logits
+    row_training       logits, weights, advantages -> anchor, logps, entropy, dlogits    behind `launch.TRAINS_ROWS`
     token_credit       contrasts -> contrast, weights, flags, baseline     never differentiable
     role_contrast      log-probs -> contrast, where it has no value        the first part of it
     policy_loss        logps, weights, advantages -> loss, metric sums     differentiable in logps
@@ -128,6 +129,103 @@ def _(logits, ids, row_max, log_sum, entropy, grad_logps, grad_entropy, temperat
     return None
 
 
+@torch.library.custom_op("srpo::row_training", mutates_args=())
+def _row_training(
+    logits: Tensor,
+    ids: Tensor,
+    row_mask: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    temperature: float,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient = _empty_aligned_rows(logits)
+    logps, entropy = backends.row_training(
+        gradient, logits, ids, row_mask, old_logps, ref_logps, importance_sampling_ratio, advantages, weights, scale,
+        temperature, rules.loss_rule(rule),
+    )  # fmt: skip
+    return logps.new_zeros(()), logps, entropy, gradient
+
+
+@_row_training.register_fake
+def _(logits, ids, *arguments):
+    vectors = (ids.new_empty(shape, dtype=torch.float32) for shape in ((), ids.shape, ids.shape))
+    return *vectors, _empty_aligned_rows(logits)
+
+
+def _empty_aligned_rows(logits: Tensor) -> Tensor:
+    """Return memory for a gradient whose rows start at multiples of 16 columns, as those of the logits do."""
+    B, L, V = logits.shape
+    width = logits.stride(1)
+    return logits.new_empty(B, L, width if V <= width <= V + V // 8 else -(-V // 16) * 16)[..., :V]
+
+
+def _save_row_training(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(output[3])
+    ctx.n_inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _row_training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
+    refuse_create_graph("role_weighted_grpo_loss")
+    (gradient,) = ctx.saved_tensors
+    if grad_anchor is None:
+        gradient = None
+    elif saved_tensors_are_needed_again():
+        gradient = torch.ops.srpo.scaled_gradient(gradient, grad_anchor)
+    else:
+        torch.ops.srpo.scale_gradient_(gradient, grad_anchor)
+    return gradient, *[None] * (ctx.n_inputs - 1)
+
+
+def refuse_create_graph(function: str) -> None:
+    """Refuse to differentiate gradients that were formed in forward."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{function}(): create_graph got True, expected False: gradients are formed in "
+            "forward and are not differentiable; take role_weighted_grpo_loss_from_logps of selected log-probs."
+        )
+
+
+def saved_tensors_are_needed_again() -> bool:
+    """Say whether backward must leave what forward saved as it is."""
+    if torch.compiler.is_compiling():
+        return True
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    keeps_graph = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is None or keeps_graph()
+
+
+_row_training.register_autograd(_row_training_backward, setup_context=_save_row_training)
+
+
+@torch.library.custom_op("srpo::scaled_gradient", mutates_args=())
+def _scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    out = torch.empty_strided(gradient.shape, gradient.stride(), dtype=gradient.dtype, device=gradient.device)
+    backends.scale_gradient(out, gradient, factor)
+    return out
+
+
+@_scaled_gradient.register_fake
+def _(gradient, factor):
+    return torch.empty_strided(gradient.shape, gradient.stride(), dtype=gradient.dtype, device=gradient.device)
+
+
+@torch.library.custom_op("srpo::scale_gradient_", mutates_args={"gradient"})
+def _scale_gradient_inplace(gradient: Tensor, factor: Tensor) -> None:
+    backends.scale_gradient(gradient, gradient, factor)
+
+
+@_scale_gradient_inplace.register_fake
+def _(gradient, factor):
+    return None
+
+
 @torch.library.custom_op("srpo::token_credit", mutates_args=())
 def _token_credit(
     contrast: Tensor | None,
@@ -241,6 +339,30 @@ def row_statistics(
     return torch.ops.srpo.row_statistics(
         *streams, ids, row_mask, float(temperature), return_entropy, inplace_backward, backend
     )
+
+
+def row_training(
+    logits: Tensor,
+    ids: Tensor,
+    row_mask: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    scale: Tensor,
+    layout: Layout,
+    temperature: float,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `anchor`, a differentiable zero whose gradient is that of the loss, and `logps` and `entropy` `[B, T]`.
+
+    Args:
+        logits: `[B, T or T+1, V]`, any strides.
+        ids, row_mask: `[B, T]`, contiguous.
+        vectors: `old_logps`, `ref_logps`, `importance_sampling_ratio`, `advantages` and `weights` in the shape of the
+            tokens.
+        scale: `[R]` factor of each trajectory's loss.
+    """
+    flat = (None if x is None else x.detach().contiguous() for x in (*vectors, layout.spread(scale)))
+    anchor, logps, entropy, _ = torch.ops.srpo.row_training(logits, ids, row_mask, *flat, float(temperature), rule)
+    return anchor, logps, entropy
 
 
 def token_credit(

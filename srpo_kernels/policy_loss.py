@@ -21,14 +21,12 @@ from srpo_kernels.rules import LossRule
 
 
 @triton.jit
-def log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD: tl.constexpr):
-    """Return (logps, log ratio, its slope in logps); the ratio is exactly 1 without old log-probs."""
-    logps = tl.load(logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+def log_ratio_of(logps, old_logps_ptr, tokens, valid, HAS_OLD: tl.constexpr):
+    """Return (log ratio, its slope in logps); the ratio is exactly 1 without old log-probs."""
     old = logps
     if HAS_OLD:
         old = tl.load(old_logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
-    log_ratio, slope = difference(logps, old)
-    return logps, log_ratio, slope
+    return difference(logps, old)
 
 
 @triton.jit
@@ -77,7 +75,8 @@ def _policy_loss_fwd_kernel(
         for first in range(start, end, BLOCK_T):
             tokens = first + tl.arange(0, BLOCK_T)
             valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
-            _, log_ratio, _ = log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+            logps = tl.load(logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+            log_ratio, _ = log_ratio_of(logps, old_logps_ptr, tokens, valid, HAS_OLD)
             total += tl.sum(tl.where(valid, log_ratio, 0.0), 0)
             count += tl.sum(tl.where(valid, 1.0, 0.0), 0)
         sequence_log_ratio = total / tl.maximum(count, 1.0)
@@ -86,7 +85,8 @@ def _policy_loss_fwd_kernel(
     for first in range(start, end, BLOCK_T):
         tokens = first + tl.arange(0, BLOCK_T)
         valid = tl.load(mask_ptr + tokens, mask=tokens < end, other=0) != 0
-        logps, log_ratio, log_slope = log_ratio_of(logps_ptr, old_logps_ptr, tokens, valid, HAS_OLD)
+        logps = tl.load(logps_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
+        log_ratio, log_slope = log_ratio_of(logps, old_logps_ptr, tokens, valid, HAS_OLD)
         if SEQUENCE_TOKEN:
             log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
         sign, weight, is_ratio, ref = token_inputs(
@@ -108,6 +108,12 @@ def _policy_loss_fwd_kernel(
     tl.store(sums_ptr + trajectory * 3 + 2, kl_sum)
 
 
+def ratio_bounds(rule: LossRule) -> tuple[float, float, float]:
+    """Return `lowest`, `highest` and `delta` of `token_loss`."""
+    highest = rule.epsilon_high if rule.loss_type == "cispo" else 1.0 + rule.epsilon_high
+    return 1.0 - rule.epsilon_low, highest, float("inf") if rule.delta is None else rule.delta
+
+
 def policy_loss_fwd(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -127,14 +133,12 @@ def policy_loss_fwd(
     loss, sums = torch.empty(n_trajectories, **options), torch.empty(n_trajectories, 3, **options)
     if not n_trajectories:
         return loss, sums, coefficient
-    cispo = rule.loss_type == "cispo"
     _policy_loss_fwd_kernel[(n_trajectories,)](
         logps, *(logps if x is None else x for x in (old_logps, ref_logps, importance_sampling_ratio)),
         advantages, weights, mask, mask if cu_seqlens is None else cu_seqlens, scale,
         coefficient, loss, sums,
-        mask.numel() // n_trajectories, 1.0 - rule.epsilon_low, rule.epsilon_high if cispo else 1.0 + rule.epsilon_high,
-        float("inf") if rule.delta is None else rule.delta, float(rule.beta),
-        CISPO=cispo,
+        mask.numel() // n_trajectories, *ratio_bounds(rule), float(rule.beta),
+        CISPO=rule.loss_type == "cispo",
         SEQUENCE_TOKEN=rule.importance_sampling_level == "sequence_token",
         HAS_OLD=old_logps is not None,
         HAS_KL=rule.beta != 0.0,

@@ -39,7 +39,7 @@ def row_pointer(logits_ptr, b, t, stride_b, stride_t):
 
 
 @triton.jit
-def _column_offsets(cols, stride_v, UNIT_STRIDE: tl.constexpr):
+def column_offsets(cols, stride_v, UNIT_STRIDE: tl.constexpr):
     if UNIT_STRIDE:
         return cols
     else:
@@ -63,7 +63,7 @@ def _stream_row_ptr(
 
 
 @triton.jit
-def _whole_vectors_end(end, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr):
+def whole_vectors_end(end, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr):
     """Return where the last whole vector before `end` ends: as a mask it does not narrow loads and stores."""
     if HAS_EDGE:
         end = tl.cast(end, tl.int32)  # a vocabulary of 1 is a constant
@@ -73,23 +73,45 @@ def _whole_vectors_end(end, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr):
 
 
 @triton.jit
-def _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Load a block of columns, -inf from `end` on."""
-    cols = start + tl.arange(0, BLOCK_V)
-    pointers = row_ptr + _column_offsets(cols, stride_v, UNIT_STRIDE)
+def load_columns(row_ptr, cols, end, stride_v, UNIT_STRIDE: tl.constexpr):
+    """Load columns, -inf from `end` on."""
+    pointers = row_ptr + column_offsets(cols, stride_v, UNIT_STRIDE)
     return tl.load(pointers, mask=cols < end, other=float("-inf"))
 
 
 @triton.jit
-def _store_edge(row_ptr, values, first, V, stride_v, UNIT_STRIDE: tl.constexpr, VECTOR: tl.constexpr):
-    cols = first + tl.arange(0, VECTOR)
-    tl.store(row_ptr + _column_offsets(cols, stride_v, UNIT_STRIDE), values, mask=cols < V)
+def load_block(row_ptr, start, end, stride_v, UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Load a block of columns, -inf from `end` on."""
+    return load_columns(row_ptr, start + tl.arange(0, BLOCK_V), end, stride_v, UNIT_STRIDE)
 
 
 @triton.jit
-def _column_of_id(target_id, V):
+def store_edge(row_ptr, values, first, V, stride_v, UNIT_STRIDE: tl.constexpr, VECTOR: tl.constexpr):
+    cols = first + tl.arange(0, VECTOR)
+    tl.store(row_ptr + column_offsets(cols, stride_v, UNIT_STRIDE), values, mask=cols < V)
+
+
+@triton.jit
+def column_of_id(target_id, V):
     """Return an id as int32; one outside the vocabulary is in no column."""
     return tl.where((target_id >= 0) & (target_id < V), target_id, -1).to(tl.int32)
+
+
+@triton.jit
+def add_edge(
+    row_ptr, last, stride_v, target_id, chunk_max, chunk_sum, weighted, target, scale,
+    UNIT_STRIDE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Merge the columns before `last` that fill no vector into the statistics of their chunk and the target."""
+    first_of_edge = last - last % VECTOR
+    edge = load_block(row_ptr, first_of_edge, last, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+    if (target_id >= first_of_edge) & (target_id < last):
+        target = tl.sum(tl.where(first_of_edge + tl.arange(0, VECTOR) == target_id, edge, 0.0), 0)
+    edge_max, edge_sum, edge_weighted = edge_statistics(edge, scale)
+    chunk_max, chunk_sum, weighted = merge_statistics(
+        chunk_max, chunk_sum, weighted, edge_max, edge_sum, edge_weighted, scale
+    )
+    return chunk_max, chunk_sum, weighted, target
 
 
 @triton.jit
@@ -106,7 +128,7 @@ def _chunk_statistics(
     lane_max = tl.full([LANES], float("-inf"), tl.float32)
     lane_sum, lane_weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
-        following = _load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
+        following = load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
         values = x.to(tl.float32)
         lane_max, lane_sum, lane_weighted = add_block(
             lane_max, lane_sum, lane_weighted, values, scale, HAS_ENTROPY, VECTOR
@@ -117,13 +139,8 @@ def _chunk_statistics(
         x = following
     chunk_max, chunk_sum, weighted = reduce_lanes(lane_max, lane_sum, lane_weighted, scale)
     if HAS_EDGE and last % VECTOR != 0:
-        first_of_edge = last - last % VECTOR
-        edge = _load_block(row_ptr, first_of_edge, last, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
-        if (target_id >= first_of_edge) & (target_id < last):
-            target = tl.sum(tl.where(first_of_edge + tl.arange(0, VECTOR) == target_id, edge, 0.0), 0)
-        edge_max, edge_sum, edge_weighted = edge_statistics(edge, scale)
-        chunk_max, chunk_sum, weighted = merge_statistics(
-            chunk_max, chunk_sum, weighted, edge_max, edge_sum, edge_weighted, scale
+        chunk_max, chunk_sum, weighted, target = add_edge(
+            row_ptr, last, stride_v, target_id, chunk_max, chunk_sum, weighted, target, scale, UNIT_STRIDE, VECTOR
         )
     return chunk_max, chunk_sum, weighted, target, x
 
@@ -136,11 +153,11 @@ def sweep_row(
 ):  # fmt: skip
     """Return (logp, row_max, log_sum, entropy) of a row."""
     scale = inv_temperature * LOG2E
-    target_id = _column_of_id(target_id, V)
+    target_id = column_of_id(target_id, V)
     target = tl.cast(float("nan"), tl.float32)  # of an id outside the vocabulary
     row_max, row_sum, weighted = tl.cast(float("-inf"), tl.float32), 0.0, 0.0
-    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
-    x = _load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
+    end = whole_vectors_end(V, VECTOR, HAS_EDGE)
+    x = load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
     for first in range(0, V, CHUNK_V):
         chunk_max, chunk_sum, chunk_weighted, target, x = _chunk_statistics(
             row_ptr, x, first, tl.minimum(first + CHUNK_V, V), end, stride_v, target_id, target, scale,
@@ -224,11 +241,11 @@ def _row_chunks_fwd_kernel(
         stride_b, stride_t, corrupted_stride_b, corrupted_stride_t, ablated_stride_b, ablated_stride_t, N_STREAMS,
     )  # fmt: skip
     scale = tl.cast(inv_temperature, tl.float32) * LOG2E
-    target_id = _column_of_id(tl.load(ids_ptr + row), V)
+    target_id = column_of_id(tl.load(ids_ptr + row), V)
     first = chunk * CHUNK_V
     last = tl.minimum(first + CHUNK_V, V)
-    end = _whole_vectors_end(last, VECTOR, HAS_EDGE)
-    x = _load_block(row_ptr, first, end, stride_v, UNIT_STRIDE, BLOCK_V)
+    end = whole_vectors_end(last, VECTOR, HAS_EDGE)
+    x = load_block(row_ptr, first, end, stride_v, UNIT_STRIDE, BLOCK_V)
     chunk_max, chunk_sum, weighted, target, x = _chunk_statistics(
         row_ptr, x, first, last, end, stride_v, target_id, tl.cast(float("nan"), tl.float32), scale,
         HAS_ENTROPY, UNIT_STRIDE, BLOCK_V, VECTOR, HAS_EDGE,
@@ -295,19 +312,19 @@ def write_gradient(
 ):  # fmt: skip
     """Write the gradient of a block of columns, and of the edge behind the last; it may replace its logits."""
     cols = start + tl.arange(0, BLOCK_V)
-    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
-    x = _load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V).to(tl.float32)
+    end = whole_vectors_end(V, VECTOR, HAS_EDGE)
+    x = load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V).to(tl.float32)
     gradient = _away_from_target(x, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
     if (target_id >= start) & (target_id < start + BLOCK_V):
         gradient += tl.where(tl.arange(0, BLOCK_V) == (target_id - start).to(tl.int32), g, 0.0)
-    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    out = out_row_ptr + column_offsets(cols, out_stride_v, UNIT_STRIDE)
     tl.store(out, gradient * inv_temperature, mask=cols < end)
     if HAS_EDGE and start + BLOCK_V >= V:
-        edge = _load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
+        edge = load_block(row_ptr, end, V, stride_v, UNIT_STRIDE, VECTOR).to(tl.float32)
         tl.debug_barrier()  # every warp loads a copy: in place, none may find what another has stored
         edge = _away_from_target(edge, row_max, log_sum, entropy, g, h, inv_temperature, HAS_ENTROPY_GRAD)
         edge += tl.where(end + tl.arange(0, VECTOR) == target_id, g, 0.0)
-        _store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
+        store_edge(out_row_ptr, edge * inv_temperature, end, V, out_stride_v, UNIT_STRIDE, VECTOR)
 
 
 @triton.jit
@@ -317,11 +334,11 @@ def write_zeros(
 ):  # fmt: skip
     """Write zeros over a block of columns, and over the edge behind the last."""
     cols = start + tl.arange(0, BLOCK_V)
-    end = _whole_vectors_end(V, VECTOR, HAS_EDGE)
-    out = out_row_ptr + _column_offsets(cols, out_stride_v, UNIT_STRIDE)
+    end = whole_vectors_end(V, VECTOR, HAS_EDGE)
+    out = out_row_ptr + column_offsets(cols, out_stride_v, UNIT_STRIDE)
     tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=cols < end)
     if HAS_EDGE and start + BLOCK_V >= V:
-        _store_edge(out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR)
+        store_edge(out_row_ptr, tl.zeros([VECTOR], tl.float32), end, V, out_stride_v, UNIT_STRIDE, VECTOR)
 
 
 @triton.jit(
@@ -391,7 +408,7 @@ def _launch_streams(streams, ids, row_mask, temperature, has_entropy, outputs) -
     chunk = launch.BLOCKS_PER_CHUNK * block
     n_cells, n_chunks = row_mask.numel(), -(-V // chunk)
     clean, corrupted, ablated = [*streams, *[streams[0]] * (3 - len(streams))]
-    strides = [s for x in (clean, corrupted, ablated) for s in (_batch_stride(x), x.stride(1))] + [clean.stride(2)]
+    strides = [s for x in (clean, corrupted, ablated) for s in (batch_stride(x), x.stride(1))] + [clean.stride(2)]
     flags = {
         "HAS_ENTROPY": has_entropy,
         "UNIT_STRIDE": clean.stride(2) == 1,
@@ -440,8 +457,8 @@ def logits_gradient_bwd(
         out, logits, ids, row_max, log_sum,
         unused if grad_entropy is None else entropy, grad_logps, unused if grad_entropy is None else grad_entropy,
         n_blocks, ids.shape[1], L, V,
-        _batch_stride(logits), logits.stride(1), logits.stride(2),
-        _batch_stride(out), out.stride(1), out.stride(2),
+        batch_stride(logits), logits.stride(1), logits.stride(2),
+        batch_stride(out), out.stride(1), out.stride(2),
         1.0 / temperature,
         HAS_ENTROPY_GRAD=grad_entropy is not None,
         UNIT_STRIDE=logits.stride(2) == 1 and out.stride(2) == 1,
@@ -453,6 +470,6 @@ def logits_gradient_bwd(
     )  # fmt: skip
 
 
-def _batch_stride(x: Tensor) -> int:
+def batch_stride(x: Tensor) -> int:
     # A lone batch entry is never stepped over; 0 keeps its stride from choosing another compiled variant.
     return x.stride(0) if x.shape[0] > 1 else 0

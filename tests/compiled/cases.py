@@ -21,6 +21,7 @@ from srpo import (
     selected_logps,
     selected_logps_from_hidden,
 )
+from srpo_kernels import launch
 
 QWEN_VOCABULARIES = (151936, 152064)  # their rows start on 16-element boundaries
 ODD_VOCABULARY = 151665  # Qwen's own tokens: contiguous rows start anywhere, rows cut from 151936 on boundaries
@@ -134,17 +135,34 @@ def hidden_loss(shape: Shape, **options) -> None:
 @contextmanager
 def few_rows() -> Iterator[None]:
     """Make every call split its rows over several programs, as a GPU with idle multiprocessors does."""
-    launch = importlib.import_module("srpo_kernels.row_statistics").launch  # its own, also when it is a mutant's
-    stock, launch.split_rows = launch.split_rows, lambda n_rows, device: True
+    own = importlib.import_module("srpo_kernels.row_statistics").launch  # also when it is a mutant's
+    stock, own.split_rows = own.split_rows, lambda n_rows, device: True
     try:
         yield
     finally:
-        launch.split_rows = stock
+        own.split_rows = stock
 
 
 def split(call: Callable[..., None], *arguments, **options) -> None:
     """Run a call under `few_rows`."""
     with few_rows():
+        call(*arguments, **options)
+
+
+@contextmanager
+def one_kernel(chunks_abreast: int | None = None) -> Iterator[None]:
+    """Turn on the kernel of forward and backward, which is off until a GPU has shown that it is faster."""
+    stock = launch.TRAINS_ROWS, launch.CHUNKS_ABREAST
+    launch.TRAINS_ROWS, launch.CHUNKS_ABREAST = True, chunks_abreast or launch.CHUNKS_ABREAST
+    try:
+        yield
+    finally:
+        launch.TRAINS_ROWS, launch.CHUNKS_ABREAST = stock
+
+
+def together(call: Callable[..., None], *arguments, **options) -> None:
+    """Run a call under `one_kernel`."""
+    with one_kernel():
         call(*arguments, **options)
 
 
@@ -202,6 +220,27 @@ def _cases() -> dict[str, Case]:
         "hidden, whole trajectories": Case(lambda: hidden_loss(bf16), "bf16", (4, 6)),
         "hidden, packed": Case(lambda: hidden_loss(packed), "bf16", (4, 6)),
         "V=7": Case(lambda: loss(Shape(V=7))),
+        "one kernel": Case(lambda: together(loss, bf16, "weights"), "bf16"),
+        "one kernel, precomputed, V=152064": Case(lambda: together(loss, other, vectors=("old_logps",)), "bf16"),
+        "one kernel, beta, old, is-ratio": Case(
+            lambda: together(loss, bf16, "weights", loss={"beta": 0.04, "delta": 3.0}, **kl), "bf16"
+        ),
+        "one kernel, cispo": Case(
+            lambda: together(
+                loss, bf16, "weights", loss={"loss_type": "cispo", "epsilon_high": 5.0}, vectors=("old_logps",)
+            ),
+            "bf16",
+        ),
+        "one kernel, packed": Case(lambda: together(loss, packed, "weights"), "bf16"),
+        "one kernel, over 2 GiB": Case(lambda: together(loss, large, "weights"), "bf16"),
+        "one kernel, fp32": Case(lambda: together(loss, fp32, "weights"), "f32"),
+        "one kernel, odd V of aligned rows": Case(
+            lambda: together(loss, Shape(V=ODD_VOCABULARY, cut_from=QWEN_VOCABULARIES[0]), "weights"), "bf16"
+        ),
+        "one kernel, odd V of wide rows": Case(
+            lambda: together(loss, Shape(V=ODD_VOCABULARY, cut_from=200000), "weights"), "bf16"
+        ),
+        "one kernel, V=1008": Case(lambda: together(loss, Shape(V=1008), "weights")),
     }
 
 
@@ -223,6 +262,7 @@ RUNS: dict[str, Callable[[Shape], None]] = {
     "packed": lambda shape: loss(as_packed(shape)),
     "entropy gradient": lambda shape: log_probs(shape, entropy=True),
     "few rows": lambda shape: split(loss, shape, "none"),
+    "one kernel": lambda shape: together(loss, shape, "weights", vectors=("old_logps",)),
     "hidden": lambda shape: hidden_loss(shape, rows=64),  # few chunks: their products are computed
     "hidden, log-probs": hidden_log_probs,
 }

@@ -10,7 +10,11 @@ REGISTERS_PER_SM = 65536
 # Of kernels that stream aligned rows. A program of 4 warps has a block of 8 KiB on its way, and an SM needs about 23.
 LEAST_OCCUPANCY = 0.3
 LEAST_OCCUPANCY_WITH_EDGE = 0.25
-STREAMING = {"_row_statistics_fwd_kernel", "_row_chunks_fwd_kernel", "_logits_gradient_bwd_kernel"}
+LEAST_OCCUPANCY_OF_16_WARPS = 0.25  # one program an SM: it has 32 KiB on its way, and its row stays in the L2 cache
+STREAMING = {
+    "_row_statistics_fwd_kernel", "_row_chunks_fwd_kernel", "_logits_gradient_bwd_kernel", "_row_training_fwd_kernel",
+    "_scale_gradient_bwd_kernel",
+}  # fmt: skip
 
 # Arrays of a few numbers a row: the grid, an int32, bounds their size. Everything else is addressed in int64.
 ROW_SIZED = {
@@ -18,6 +22,10 @@ ROW_SIZED = {
         "ids_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "grad_logps_ptr", "grad_entropy_ptr",
     },
     "_policy_loss_fwd_kernel": {"sums_ptr"},
+    "_row_training_fwd_kernel": {
+        "ids_ptr", "row_mask_ptr", "old_logps_ptr", "ref_logps_ptr", "is_ratio_ptr", "advantages_ptr", "weights_ptr",
+        "scale_ptr", "logps_ptr", "entropy_ptr",
+    },
 }  # fmt: skip
 
 
@@ -58,6 +66,8 @@ def _width_rules(launch: Launch, code: MachineCode, element: str) -> list[str]:
     """Demand that 128-bit accesses of the hot path alone move the streamed block, and programs enough to hide them."""
     broken, streamed = [], ttir.streamed_bytes(launch.compiled.asm["ttir"], element)
     least = LEAST_OCCUPANCY_WITH_EDGE if launch.flags.get("HAS_EDGE") else LEAST_OCCUPANCY
+    if launch.kernel == "_row_training_fwd_kernel":
+        least = LEAST_OCCUPANCY_OF_16_WARPS
     if launch.kernel in STREAMING and code.occupancy < least:
         broken.append(f"occupancy: {code.occupancy}, {code.registers} registers")
     for what, size in streamed.items():

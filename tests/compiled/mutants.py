@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import srpo_kernels
 
-KERNEL_FILES = ("row_statistics", "token_credit", "policy_loss")
+KERNEL_FILES = ("row_statistics", "token_credit", "policy_loss", "row_training")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Read Triton's own intermediate code, before any target: the types that addresses and arithmetic run in.
 
 An address into [B, L, V] passes 2^31 at row 14122 of V = 152064, so a product in it must be i64. The one product that
-32 bits always hold is a constant times a remainder or a column of a block: an offset inside a row.
+32 bits always hold is a constant times a remainder, a column of a block, or a quotient of those: an offset in a row.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _is_narrow_product(function: Function, value: str) -> bool:
 
 def _unshaped(function: Function, value: str) -> Operation:
     operation = function.operation(value)
-    while operation.name in SHAPE_OPS:
+    while operation.name in (*SHAPE_OPS, "arith.divsi"):
         operation = function.operation(operation.operands[0])
     return operation
 
