@@ -25,9 +25,9 @@ class Mutant:
     cases: tuple[str, ...] = ("plain",)
 
 
-STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE = (
+STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE, TRAINING, SCALE = (
     "_row_statistics_fwd_kernel", "_logits_gradient_bwd_kernel", "_token_credit_fwd_kernel", "_policy_loss_fwd_kernel",
-    "_row_chunks_fwd_kernel", "_merge_chunks_fwd_kernel",
+    "_row_chunks_fwd_kernel", "_merge_chunks_fwd_kernel", "_row_training_fwd_kernel", "_scale_gradient_bwd_kernel",
 )  # fmt: skip
 
 _SWEEP = 'has half."""\n    return _block(vocabulary, 4096)'
@@ -90,6 +90,33 @@ COMPILED = {
     ),
     "alignment of the output unknown": Mutant(
         "row_statistics", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
+    ),
+    "training rows in int32": Mutant(
+        "row_statistics",
+        ((".to(tl.int64)", ""),),
+        (
+            *(f"{TRAINING}: int32 address: {name}_ptr" for name in ("logits", "out")),
+            *(f"{SCALE}: int32 address: {name}_ptr" for name in ("gradient", "out")),
+        ),
+        ("one kernel",),
+    ),
+    "training swept in bf16": Mutant(
+        "row_training", (("values = x.to(tl.float32)", "values = x"),), ("does not compile",), ("one kernel",)
+    ),
+    "training block spills": Mutant(
+        "launch", (("CHUNKS_ABREAST = 4", "CHUNKS_ABREAST = 8"),), ("does not compile",), ("one kernel",)
+    ),
+    "written back at any column": Mutant(
+        "row_training", (("tl.multiple_of(last - read, BLOCK_V)", "last - read"),),
+        (f"{TRAINING}: narrow loads", f"{TRAINING}: narrow stores"), ("one kernel",),
+    ),
+    "chunks abreast out of order": Mutant(
+        "row_training", (("lane % LANES * VECTOR + place % VECTOR", "lane % LANES * VECTOR + (place % VECTOR ^ 1)"),),
+        (f"{TRAINING}: narrow loads",), ("one kernel",),
+    ),
+    "scaled at any column": Mutant(
+        "row_training", (("tl.store(out_row_ptr + cols, x", "tl.store(out_row_ptr + cols + 1, x"),),
+        (f"{SCALE}: narrow stores",), ("one kernel",),
     ),
 }  # fmt: skip
 

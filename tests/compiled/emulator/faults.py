@@ -16,13 +16,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from compiled import mutants
 from compiled.emulator.batches import Batch
 from compiled.emulator.compare import fraction_of_floor, run
 from compiled.emulator.machine import Options
 from compiled.emulator.memory import KernelError
-from compiled.emulator.scenarios import Result, far_rows, far_tokens, log_probs, loss, split_rows
-from compiled.mutants import CREDIT, GRADIENT, LOSS, MERGE, SPLIT, STATISTICS, Mutant
+from compiled.emulator.scenarios import Result, far_rows, far_tokens, log_probs, loss, one_kernel, split_rows
+from compiled.mutants import CREDIT, GRADIENT, LOSS, MERGE, SCALE, SPLIT, STATISTICS, TRAINING, Mutant
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ _SPLIT_ODD = functools.partial(split_rows, log_probs, Batch(B=1, T=3, V=17003, l
 _SPLIT_FAR = functools.partial(split_rows, far_rows, 17008)
 _LOW = functools.partial(log_probs, Batch(B=1, T=3, V=17003, layout="rows", offset=-400.0))
 _EXTRA = functools.partial(log_probs, Batch(B=1, T=3, V=130))
+_TRAINED = functools.partial(one_kernel, loss, Batch(B=1, T=2, V=34003, layout="padded rows"), "none")
+_TRAINED_EXTRA = functools.partial(one_kernel, loss, Batch(B=1, T=3, V=144), "none")
+_SCALED = functools.partial(_TRAINED, upstream=0.25)
 _TOKENS = functools.partial(loss, Batch(B=2, T=5, V=2, layout="rows"), entry="logps")
 _BARRIER = (r"bar\.sync[ \t]+0;", "")
 _ROW_MASK, _CREDIT_MASK, _LOSS_MASK, _FAR = (
@@ -121,6 +125,47 @@ FAULTS: dict[tuple[str, str], Fault] = {
         _source("row_statistics", "grad_logps_ptr + cell, mask=has_token, other=0.0",
                 "grad_logps_ptr + cell, mask=has_token, other=1.0"),
         _EXTRA, "out of bounds",
+    ),
+    (TRAINING, "a barrier less"): Fault(_BARRIER, _TRAINED, "race"),
+    (TRAINING, "rows in int32"): Fault(
+        Mutant(
+            "row_training",
+            (
+                ("stride_b: tl.int64, stride_t: tl.int64, out_stride_b", "stride_b, stride_t, out_stride_b"),
+                ("row_pointer(logits_ptr, b, t, stride_b, stride_t)", "logits_ptr + b * stride_b + t * stride_t"),
+            ),
+            (),
+        ),
+        functools.partial(one_kernel, far_rows, dtype=torch.bfloat16, inplace=False), "out of bounds",
+    ),
+    (TRAINING, "mask one too far"): Fault(
+        _source("row_statistics", "values, mask=cols < V)", "values, mask=cols <= V)"), _TRAINED, "wrong"
+    ),
+    (TRAINING, "chunks in another place"): Fault(
+        _source("row_training", "lane // LANES * CHUNK_V", "lane // LANES % 2 * CHUNK_V"), _TRAINED, "wrong"
+    ),
+    (TRAINING, "the id in another place"): Fault(
+        _source("row_training", "ABREAST + column // CHUNK_V)", "ABREAST + column // CHUNK_V + 1)"), _TRAINED, "wrong"
+    ),
+    (TRAINING, "the first block is not written"): Fault(
+        _source("row_training", "for read in range(0, V,", "for read in range(0, V - BLOCK_V,"), _TRAINED, "wrong"
+    ),
+    (TRAINING, "a row where there is no token"): Fault(
+        _source("row_training", "row_mask_ptr + cell, mask=has_token, other=0",
+                "row_mask_ptr + cell, mask=has_token, other=1"),
+        _TRAINED_EXTRA, "out of bounds",
+    ),
+    (TRAINING, "no scale"): Fault(
+        _source("row_training", "slope * tl.load(scale_ptr + cell).to(tl.float32)", "slope"), _TRAINED, "wrong"
+    ),
+    (SCALE, "the edge keeps its scale"): Fault(
+        _source("row_training", "edge * factor", "edge"), _SCALED, "wrong"
+    ),
+    (SCALE, "no barrier before an edge is overwritten"): Fault(
+        _source("row_training", "tl.debug_barrier()", "pass"), _SCALED, "race"
+    ),
+    (SCALE, "no factor is applied"): Fault(
+        _source("row_training", "factor == 1.0:", "factor != 0.0:"), _SCALED, "wrong"
     ),
     (CREDIT, "a barrier less"): Fault(_BARRIER, _TOKENS, "race"),
     (CREDIT, "mask one too far"): Fault(_CREDIT_MASK, _TOKENS, "out of bounds"),

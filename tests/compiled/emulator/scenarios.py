@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import oracles
 import torch
-from compiled.cases import split
+from compiled.cases import split, together
 from compiled.emulator.batches import Batch, itself, tokens_first
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -64,7 +64,7 @@ def log_probs(batch: Batch, temperature: float = 1.0, packed: bool = False) -> R
 
 def loss(
     batch: Batch, mode: str = "given", *, entry: str = "logits", packed: bool = False, inplace: bool = False,
-    use: tuple[str, ...] = ("old",), credit: CreditConfig = CREDIT, **settings,
+    use: tuple[str, ...] = ("old",), credit: CreditConfig = CREDIT, upstream: float = 1.0, **settings,
 ) -> Result:  # fmt: skip
     """Run the loss forward and backward; `mode` says where contrasts come from: given, live or none."""
     t, config, shape = batch.tensors, LossConfig(**settings), (batch.B, batch.T)
@@ -86,7 +86,7 @@ def loss(
         out = role_weighted_grpo_loss(passed, flat(t["ids"]), advantages, inplace_backward=inplace, **arguments)
     else:
         out = role_weighted_grpo_loss_from_logps(flat(leaf), advantages, **arguments)
-    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    (gradient,) = torch.autograd.grad(out.loss * upstream, leaf)
 
     exact = leaf.detach().double().requires_grad_()
     score = functools.partial(
@@ -99,7 +99,7 @@ def loss(
         contrast = oracles.contrast(given.get("old_logps", logps.detach()), *contrasts, t["roles"], t["mask"], credit)
         weights = oracles.weights(contrast, t["roles"], t["mask"], credit, t["advantages"])
     truth = oracles.loss(logps, t["advantages"], t["mask"], config, weights=weights, **given)
-    (true,) = torch.autograd.grad(truth.loss, exact)
+    (true,) = torch.autograd.grad(truth.loss * upstream, exact)
     metrics = [(out.metrics[name].double(), value) for name, value in truth.metrics.items()]
     result = {
         "loss": (out.loss, truth.loss, torch.float32),
@@ -134,17 +134,17 @@ def hidden(batch: Batch, **settings) -> Result:
     return result | ({"gradient": (*gradients, torch.float32)} if batch.dtype == torch.float32 else {})
 
 
-def far_rows(V: int = 1000) -> Result:
-    """Score and differentiate, in place, three rows: the stride is an int32, the offset of the last row is none."""
+def far_rows(V: int = 1000, dtype: torch.dtype = torch.float16, inplace: bool = True) -> Result:
+    """Score and differentiate three rows: the stride is an int32, the offset of the last row is none."""
     stride, ids = 2**30 + 16, torch.tensor([[3, V - 1, 0]])
     torch.use_deterministic_algorithms(False)  # virtual memory: nothing may fill it
-    far = torch.empty(2 * stride + V, dtype=torch.float16).as_strided((1, 3, V), (0, stride, 1))
+    far = torch.empty(2 * stride + V, dtype=dtype).as_strided((1, 3, V), (0, stride, 1))
     leaf = far.copy_(torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0))).detach().requires_grad_()
     exact = leaf.double().detach().requires_grad_()
-    out = role_weighted_grpo_loss(leaf.view_as(leaf), ids, torch.ones(1), inplace_backward=True, backend="triton")
+    out = role_weighted_grpo_loss(leaf.view_as(leaf), ids, torch.ones(1), inplace_backward=inplace, backend="triton")
     truth = role_weighted_grpo_loss(exact, ids, torch.ones(1), backend="torch")
     gradients = torch.autograd.grad(out.loss, leaf)[0], torch.autograd.grad(truth.loss, exact)[0]
-    return {"logps": (out.logps, truth.logps, torch.float32), "gradient": (*gradients, torch.float16)}
+    return {"logps": (out.logps, truth.logps, torch.float32), "gradient": (*gradients, dtype)}
 
 
 def far_tokens() -> Result:
@@ -185,6 +185,13 @@ def split_rows(call: Callable[..., Result], *arguments, **options) -> Result:
     return results[0]
 
 
+def one_kernel(call: Callable[..., Result], *arguments, **options) -> Result:
+    """Return what a call returns where forward and backward are one kernel."""
+    results: list[Result] = []
+    together(lambda: results.append(call(*arguments, **options)))
+    return results[0]
+
+
 def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
     """Return every comparison by name."""
     found: dict[str, Callable[[], Result]] = {}
@@ -221,6 +228,19 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "loss live one pass": (functools.partial(loss, credit=one_pass), batch, "live"),
         "loss plain on-policy": (functools.partial(loss, use=()), Batch(B=3, T=7, V=1003), "none"),
         "loss with everything": (everything, batch),
+        "one kernel": (one_kernel, loss, Batch(B=3, T=4, V=1008)),
+        "one kernel with everything": (one_kernel, everything, Batch(V=4107, layout="padded rows")),
+        "one kernel, four chunks abreast": (
+            one_kernel, loss, Batch(B=1, T=2, V=50003, layout="padded rows"), "none",
+        ),
+        "one kernel fp32 scaled": (
+            functools.partial(one_kernel, upstream=0.37), loss,
+            Batch(T=3, V=17003, dtype=torch.float32, layout="padded rows"),
+        ),
+        "one kernel packed on-policy cispo": (
+            functools.partial(one_kernel, packed=True, use=(), upstream=0.25, loss_type="cispo", epsilon_high=1.1),
+            loss, Batch(B=3, T=4, V=1008, layout="rows"), "none",
+        ),
         "loss from hidden": (hidden, Batch(B=3, T=4, V=4104)),
         "loss from hidden fp32": (hidden, Batch(V=1003, dtype=torch.float32)),
         "rows 2^30 elements apart": (far_rows,),
