@@ -103,6 +103,17 @@ def srpo(logits: Tensor, rollout: Rollout, streams: Streams) -> Tensor:
     ).loss  # fmt: skip
 
 
+def one_kernel(logits: Tensor, rollout: Rollout, streams: Streams) -> Tensor:
+    """Take this library with forward and backward in one kernel, where weights are known before the logits are read."""
+    from srpo_kernels import launch
+
+    stock, launch.TRAINS_ROWS = launch.TRAINS_ROWS, True
+    try:
+        return srpo(logits, rollout, streams)
+    finally:
+        launch.TRAINS_ROWS = stock
+
+
 def off_by_one(logits: Tensor, ids: Tensor) -> Tensor:
     """Score the id after the right one: a mistake that the gate must catch."""
     return eager(logits, ids.roll(1, dims=-1))
@@ -116,6 +127,7 @@ PROVIDERS: dict[str, Provider] = {
     "Liger": Provider(liger, package="liger_kernel", gpu=True),
     "flash-attn": with_logps(flash_attn, package="flash_attn", gpu=True),
     "srpo": Provider(srpo),
+    "srpo, one kernel": Provider(one_kernel, gpu=True),
     "off-by-one": with_logps(off_by_one, on_request=True),
 }
 
