@@ -20,8 +20,15 @@ from srpo.errors import (
     ShapeError,
     SRPOError,
 )
-from srpo.hidden import role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden
-from srpo.loss import SelectedLogps, role_weighted_grpo_loss, role_weighted_grpo_loss_from_logps, selected_logps
+from srpo.hidden import role_weighted_grpo_loss_from_hidden, selected_logps_from_hidden, vocabulary_kl_from_hidden
+from srpo.loss import (
+    Divergence,
+    SelectedLogps,
+    role_weighted_grpo_loss,
+    role_weighted_grpo_loss_from_logps,
+    selected_logps,
+    vocabulary_kl,
+)
 from srpo.methods import METHODS, linear_strength, papo_loss_term, visual_similarity
 from srpo.metrics import MetricSums
 from srpo.roles import Role, RoleGrammar, RoleParse, role_ids_from_completions
@@ -42,6 +49,7 @@ __all__ = [
     "ConfigWarning",
     "CreditConfig",
     "DeviceError",
+    "Divergence",
     "DtypeError",
     "GaussianNoise",
     "IncompatibleVersionError",
@@ -77,4 +85,6 @@ __all__ = [
     "token_advantages",
     "token_weights",
     "visual_similarity",
+    "vocabulary_kl",
+    "vocabulary_kl_from_hidden",
 ]

@@ -114,6 +114,12 @@ class Call:
             fix = "look at the forward that scored them, or mask these tokens"
             self.fail(NonFiniteError, name, f"{lost} NaN on valid tokens", "log-probs", fix)
 
+    def divergences(self, name: str, x: Tensor, where: Tensor) -> None:
+        """Check that `x` can be divergences on some tokens: not below 0. NaN has no value."""
+        if self.validates and bool(((x < 0) & where).any()):
+            got, fix = f"values such as {float(x[(x < 0) & where][0]):.4g}", f"pass {name} of score_streams as it is"
+            self.fail(NonFiniteError, name, got, "divergences, which are at least 0", fix)
+
     def within(self, name: str, x: Tensor, lowest: int, highest: int, where: Tensor, meaning: str, fix: str) -> None:
         """Check that integers lie in `[lowest, highest]` on the valid tokens."""
         if self.validates and x.numel() and not lowest <= int(x.amin()) <= int(x.amax()) <= highest:

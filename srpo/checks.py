@@ -4,6 +4,7 @@ Nothing is computed or modified before all checks have passed. Each failure is o
 was called, which argument, what it got, what was expected, and one fix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,27 +90,35 @@ def contrast_streams(
     role_ids: Tensor,
     mask: Tensor,
     logps: Streams,
+    divergences: Streams = Streams(),  # noqa: B008 - immutable
     live: Streams = Streams(),  # noqa: B008 - immutable
     live_kind: str = "logits",
     check_live: Callable[[str, Any], Any] | None = None,
-) -> None:
-    """Check that each stream that `credit` reads is given exactly once, and scored where it is read.
+) -> Streams:
+    """Check that each stream that `credit` reads is given exactly once, and scored where it is read; return those.
 
     Args:
         logps: log-probs that were scored before.
+        divergences: their divergences from the clean stream, which `contrast_kind="kl"` reads in their place.
         live: logits or hidden states, as `live_kind` says, which `check_live` knows how to check.
     """
-    for stream, given, scored_here in zip(STREAMS, logps, live, strict=True):
-        name, live_name = f"{stream}_logps", f"{stream}_{live_kind}"
+    kind, read = ("kl", divergences) if credit.reads_kl else ("logps", logps)
+    for name, x in divergences.named("kl").items():
+        if x is not None and not credit.reads_kl:
+            expected, fix = "None", f"set contrast_kind='kl', or drop {name}"
+            call.fail(ConfigError, name, f"divergences with contrast_kind={credit.contrast_kind!r}", expected, fix)
+    for stream, given, scored_here in zip(STREAMS, read, live, strict=True):
+        name, live_name = f"{stream}_{kind}", f"{stream}_{live_kind}"
         if given is not None and scored_here is not None:
             fix = f"drop {live_name} when {name} were scored before"
             call.fail(ConfigError, live_name, f"{live_kind} together with {name}", "one of the two", fix)
         if given is not None:
             call.tensor(name, given, [layout.shape], tokens(layout), "float")
-            if call.validates and not are_log_probs(given):
+            if call.validates and (credit.reads_kl or not are_log_probs(given)):
                 rows = credit.rows(stream, role_ids, mask)
                 scored(call, name, given, rows, f"reasoning_signal={credit.reasoning_signal!r} reads")
-                call.log_probs(name, given, rows, of_stream=True)
+                check = call.divergences if credit.reads_kl else functools.partial(call.log_probs, of_stream=True)
+                check(name, given, rows)
         if scored_here is not None and check_live is not None:
             check_live(live_name, scored_here)
         if stream in credit.streams and given is None and scored_here is None:
@@ -117,8 +126,12 @@ def contrast_streams(
                 f"score the {stream} stream, set reasoning_signal='image_independence' to need no ablated stream, "
                 "or use PRESETS['grpo']"
             )
-            signal = f"log-probs, which reasoning_signal={credit.reasoning_signal!r} reads"
+            if credit.reads_kl:
+                fix = f"pass {name} of score_streams with this credit, or {stream}_logits of the loss itself"
+            what = "divergences" if credit.reads_kl else "log-probs"
+            signal = f"{what}, which reasoning_signal={credit.reasoning_signal!r} reads"
             call.fail(ConfigError, name, "None", signal, fix)
+    return read
 
 
 def scored(call: Call, name: str, x: Tensor, reads: Tensor, who_reads: str) -> None:

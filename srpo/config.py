@@ -53,7 +53,10 @@ class CreditConfig(_Ruled):
     mix        w <- 1 + strength * (w - 1)
 
     Args:
-        contrast_kind: `"logratio"` (signed difference d), `"abs"` (|d|) or `"k3"` (exp(-d) + d - 1, at most 10).
+        contrast_kind: `"logratio"` (signed difference d), `"abs"` (|d|), `"k3"` (exp(-d) + d - 1, at most 10), all of
+            the token that was sampled; or `"kl"`, the divergence KL(clean || stream) over the whole vocabulary, at
+            least 0 (a reasoning token of `"image_independence"` gets minus that). It needs both distributions: live
+            logits or hidden states of the streams, or `corrupted_kl` and `ablated_kl` of `score_streams`.
         reasoning_signal: `"perception_ablation"` needs `ablated_logps`; `"image_independence"` scores reasoning
             tokens by -(base - corrupted) and needs no third pass.
         baseline: `"mean"` over both roles of a trajectory, `"role_mean"` (roles do not compete) or `"none"`.
@@ -64,7 +67,8 @@ class CreditConfig(_Ruled):
         normalize: `"mean"` divides by the mean, `"solve"` shifts the exponent until the clipped mean is 1, `"none"`.
         strength: 0 gives plain GRPO, 1 the full weights.
         missing_role: `"uniform"` gives weight 1 to a trajectory that lacks a role; `"within"` weights the other role.
-        contrast_clamp: differences are clamped to +- this many nats.
+        contrast_clamp: differences are clamped to +- this many nats, and so is a divergence that is infinite because a
+            stream bans a token (`srpo/infinite_divergences` counts those).
         strict_finite: raise `NonFiniteError` when a contrast has no value, instead of counting it as 0. Needs a sync.
 
     Raises:
@@ -73,7 +77,7 @@ class CreditConfig(_Ruled):
     Source: Jiang & Zou, arXiv 2605.07274; bounds after RLSD, arXiv 2604.03128.
     """
 
-    contrast_kind: Literal["logratio", "abs", "k3"] = "logratio"
+    contrast_kind: Literal["logratio", "abs", "k3", "kl"] = "logratio"
     reasoning_signal: Literal["perception_ablation", "image_independence"] = "perception_ablation"
     baseline: Literal["mean", "role_mean", "none"] = "mean"
     tau: float = 1.0
@@ -113,6 +117,11 @@ class CreditConfig(_Ruled):
         if self.strength == 0.0:
             return ()
         return ("corrupted",) if self.reasoning_signal == "image_independence" else ("corrupted", "ablated")
+
+    @property
+    def reads_kl(self) -> bool:
+        """Say whether a stream is read as divergences over the vocabulary, not as log-probs of the sampled tokens."""
+        return self.contrast_kind == "kl"
 
     def rows(self, stream: str, role_ids: Tensor, mask: Tensor) -> Tensor:
         """Say which tokens of a contrast stream these settings read: what is scored, and what must have a value.

@@ -27,6 +27,7 @@ class Credit(NamedTuple):
         weights, flags: per token.
         baseline: per trajectory.
         not_scored: 0-d, how many cells were read that nobody had scored.
+        infinite: 0-d, how many divergences were infinite.
     """
 
     contrast: Tensor
@@ -34,13 +35,16 @@ class Credit(NamedTuple):
     flags: Tensor
     baseline: Tensor
     not_scored: Tensor
+    infinite: Tensor
 
 
 def role_contrast(
     logps: Tensor,
     *,
-    corrupted_logps: Tensor | None,
+    corrupted_logps: Tensor | None = None,
     ablated_logps: Tensor | None = None,
+    corrupted_kl: Tensor | None = None,
+    ablated_kl: Tensor | None = None,
     role_ids: Tensor,
     completion_mask: Tensor | None = None,
     credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
@@ -52,11 +56,14 @@ def role_contrast(
 
     c = f(logps - corrupted_logps) on perception tokens
     c = f(logps - ablated_logps) on reasoning tokens, or f(corrupted_logps - logps) with `image_independence`
+    c = corrupted_kl, ablated_kl or -corrupted_kl in their places with `contrast_kind="kl"`
 
     Args:
         logps: `[B, T]` nats, of the policy that made the rollout. `[N]` with `cu_seqlens`, as all others.
         corrupted_logps: `[B, T]`, read on perception tokens (on both roles with `image_independence`).
         ablated_logps: `[B, T]`, read on reasoning tokens.
+        corrupted_kl, ablated_kl: `[B, T]` nats at least 0, as `score_streams` returns them for `contrast_kind="kl"`,
+            which reads them in the place of log-probs.
         role_ids: `[B, T]` integers, 0 other, 1 perception, 2 reasoning.
         completion_mask: `[B, T]` 0/1; None means all valid.
         credit: the settings; `contrast_kind`, `reasoning_signal`, `contrast_clamp`, `strict_finite` matter here.
@@ -89,13 +96,13 @@ def role_contrast(
     mask = checks.mask_of(call, completion_mask, layout)
     roles = checks.roles_of(call, role_ids, mask, layout)
     call.log_probs("logps", logps.detach(), mask, of_stream=True)
-    streams = Streams(corrupted_logps, ablated_logps)
     plain = CreditConfig(
         contrast_kind=credit.contrast_kind,
         reasoning_signal=credit.reasoning_signal,
         contrast_clamp=credit.contrast_clamp,
     )
-    checks.contrast_streams(call, plain, layout, roles, mask, streams)
+    logps_of, divergences = Streams(corrupted_logps, ablated_logps), Streams(corrupted_kl, ablated_kl)
+    streams = checks.contrast_streams(call, plain, layout, roles, mask, logps_of, divergences)
     chosen = checks.backend_of(call, backend, logps.dtype)
     dtype = compute_dtype(logps, chosen)
     corrupted, ablated = (as_dtype(x, dtype) for x in streams)
@@ -272,8 +279,10 @@ def run_credit(
     found, weights, flags, baseline = ops.token_credit(
         given, base, corrupted, ablated, role_ids, mask, signs, layout, credit.rule, backend
     )
-    lost = mask.new_zeros(()) if call.validates else _read_and(is_not_scored, credit, role_ids, mask, streams).sum()
-    result = Credit(found, weights, flags, baseline, lost)
+    zero = mask.new_zeros((), dtype=torch.long)
+    lost = zero if call.validates else _read_and(is_not_scored, credit, role_ids, mask, streams).sum()
+    infinite = _read_and(torch.isinf, credit, role_ids, mask, streams).sum() if credit.reads_kl else zero
+    result = Credit(found, weights, flags, baseline, lost, infinite)
     _refuse_no_value(call, credit, (result.flags & NO_VALUE) != 0)
     return result
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
 from srpo.credit import as_dtype, compute_dtype
-from srpo.loss import SelectedLogps
+from srpo.errors import ConfigError
+from srpo.loss import Divergence, SelectedLogps
 from srpo.request import check_request
 from srpo.stage import LossOutput, finish, loss_terms, weigh
 from srpo.streams import Streams
@@ -31,6 +32,8 @@ def role_weighted_grpo_loss_from_hidden(
     ablated_logps: Tensor | None = None,
     corrupted_hidden: Tensor | None = None,
     ablated_hidden: Tensor | None = None,
+    corrupted_kl: Tensor | None = None,
+    ablated_kl: Tensor | None = None,
     weights: Tensor | None = None,
     contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
@@ -54,7 +57,7 @@ def role_weighted_grpo_loss_from_hidden(
     (every valid row when `loss.beta` is not 0; all rows of a trajectory that has such a row when the coefficient of a
     token depends on the others: weights from the current log-probs, or `"sequence_token"`; a trajectory that the
     workspace does not hold then costs 8NVH, and one without such a row shows weight 1). Live contrasts add 2NVH for
-    the rows of their role.
+    the rows of their role, 4NVH with `contrast_kind="kl"`.
 
     Args:
         hidden: `[B, T, H]`, or `[B, T + 1, H]` whose last position is ignored; the states that the head is called on.
@@ -64,9 +67,9 @@ def role_weighted_grpo_loss_from_hidden(
         bias: `[V]` of the head.
         corrupted_hidden: as `hidden`, in place of `corrupted_logps`: only rows of the role are multiplied, no gradient.
         ablated_hidden: as `hidden`, in place of `ablated_logps`.
-        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, contrast, old_logps, ref_logps,
-            importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
-            `role_weighted_grpo_loss`.
+        role_ids, completion_mask, corrupted_logps, ablated_logps, corrupted_kl, ablated_kl, weights, contrast,
+            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss,
+            validate_values, backend: as in `role_weighted_grpo_loss`.
         workspace_bytes: what the logits of a chunk and their gradient may take. None: 768 rows on a CPU; elsewhere
             4096 rows, or 1024 for a frozen head, in at most 2 GiB. Fewer rows cost time, above all for a head that
             trains (its gradient is read and written once a chunk); the result does not depend on it beyond rounding.
@@ -107,14 +110,18 @@ def role_weighted_grpo_loss_from_hidden(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
-        live=Streams(corrupted_hidden, ablated_hidden), live_kind="hidden",
+        divergences=Streams(corrupted_kl, ablated_kl), live=Streams(corrupted_hidden, ablated_hidden),
+        live_kind="hidden",
         check_live=lambda name, x: checks.hidden_of(call, name, x, layout, hidden),
     )  # fmt: skip
 
     states, weight, bias = _autocast(hidden, lm_head_weight, bias)
     learns = mask & (request.advantages != 0)
     reached = mask if loss.beta != 0.0 else mask & layout.spread(layout.token_counts(learns) > 0)
-    weighs_first = not request.reads or old_logps is not None
+    weighs_first = request.weighs_first
+    if request.scores and credit.reads_kl and process_group is not None:
+        got, fix = "a head in shards with contrast_kind='kl'", "score the streams before, and pass corrupted_kl"
+        call.fail(ConfigError, "process_group", got, "a whole head, or divergences that are given", fix)
     if request.scores or not weighs_first:  # what is not scored gets no credit: its weight would meet an advantage of 0
         request = replace(request, role_ids=torch.where(reached, request.role_ids, 0))
     depends_on_row = weighs_first and loss.importance_sampling_level == "token" and loss.beta == 0.0
@@ -123,7 +130,11 @@ def role_weighted_grpo_loss_from_hidden(
     with torch.no_grad():
         for name, live in request.scores.items():
             read = credit.rows(name, request.role_ids, mask)
-            scored, _ = _logps(_autocast(live)[0], weight, bias, ids, read, layout, False, **head)
+            contrast_states = _autocast(live)[0]
+            if credit.reads_kl:
+                scored, _ = _pairs(states, contrast_states, weight, bias, ids, read, layout, **head)
+            else:
+                scored, _ = _logps(contrast_states, weight, bias, ids, read, layout, False, **head)
             streams = streams._replace(**{name: scored})
 
     nothing = torch.zeros(layout.shape, dtype=compute_dtype(states, chosen), device=call.device)
@@ -238,6 +249,70 @@ def selected_logps_from_hidden(
     return SelectedLogps(logps, entropy) if return_entropy else logps
 
 
+@torch.no_grad()
+def vocabulary_kl_from_hidden(
+    hidden: Tensor,
+    contrast_hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> Divergence:
+    """Compute the divergence of one context from another from hidden states, without ever holding their logits.
+
+    KL(p || q) = sum p (z - z') - log sum exp z + log sum exp z',  z = (hidden @ lm_head_weight^T + bias) / temperature
+
+    Costs 4NVH operations for the N rows of the mask.
+
+    Args:
+        hidden: `[B, T, H]` or `[B, T + 1, H]`, or packed `[N, H]`; any strides.
+        contrast_hidden: as `hidden`, in the same dtype: of a context that lacks something.
+        lm_head_weight: `[V, H]`.
+        completion_ids: `[B, T]` or `[N]` integers.
+        bias: `[V]` of the head.
+        temperature: sampling temperature.
+        mask: `[B, T]` or `[N]` 0/1; rows with 0 are not multiplied and give 0.
+        workspace_bytes: as in `role_weighted_grpo_loss_from_hidden`; the logits of both contexts share it.
+        validate_values: None checks values of CPU tensors, True of all, False of none.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns: Divergence, as `vocabulary_kl`.
+
+    Gradient: none.
+
+    Memory: the workspace and vectors of `[B, T]`.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, KernelUnavailableError.
+
+    Source: as `vocabulary_kl`.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 7, 16), torch.nn.Linear(16, 100, bias=False)
+        >>> ids = torch.randint(100, (2, 6))
+        >>> vocabulary_kl_from_hidden(hidden, hidden + 0.1, head.weight, ids).kl.shape
+        torch.Size([2, 6])
+    """
+    call = checks.Call("vocabulary_kl_from_hidden", hidden, "hidden", validate_values, {"completion_mask": "mask"})
+    checks.temperature(call, temperature)
+    packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
+    one = torch.arange(2, device=call.device) * completion_ids.numel() if packed else None
+    chosen = checks.backend_of(call, backend, hidden.dtype)
+    run = _head_settings(call, chosen, temperature, workspace_bytes, None)
+
+    def check_both(layout: Layout) -> int | None:
+        checks.hidden_of(call, "contrast_hidden", contrast_hidden, layout, hidden)
+        return _check_head(call, hidden, lm_head_weight, bias, None, layout)
+
+    layout, valid, ids = checks.selection(call, completion_ids, mask, one, check_both)
+    hidden, against, lm_head_weight, bias = _autocast(hidden, contrast_hidden, lm_head_weight, bias)
+    return Divergence(*_pairs(hidden, against, lm_head_weight, bias, ids, valid, layout, **run))
+
+
 def _logps(
     hidden: Tensor,
     weight: Tensor,
@@ -253,6 +328,24 @@ def _logps(
         return_entropy=return_entropy, **run,
     )  # fmt: skip
     return logps.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else entropy
+
+
+def _pairs(
+    hidden: Tensor,
+    against: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    rows: Tensor,
+    layout: Layout,
+    **run: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence of one context from another, and the log-probs of the second."""
+    kl, logps = head_ops.linear_head_pairs(
+        _batched(layout, hidden), _batched(layout, against), weight, bias, _batched(layout, ids),
+        _batched(layout, rows), **run,
+    )  # fmt: skip
+    return kl.reshape(layout.shape), logps.reshape(layout.shape)
 
 
 def _check_head(

@@ -13,6 +13,7 @@ from srpo.request import Request, check_request
 from srpo.stage import LossOutput, finish, loss_terms, run, weigh
 from srpo.streams import Streams
 from srpo_kernels import backends, ops
+from srpo_kernels.layout import Layout
 
 
 class SelectedLogps(NamedTuple):
@@ -33,6 +34,8 @@ def role_weighted_grpo_loss(
     ablated_logps: Tensor | None = None,
     corrupted_logits: Tensor | None = None,
     ablated_logits: Tensor | None = None,
+    corrupted_kl: Tensor | None = None,
+    ablated_kl: Tensor | None = None,
     weights: Tensor | None = None,
     contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
@@ -62,6 +65,9 @@ def role_weighted_grpo_loss(
         ablated_logps: `[B, T]` nats, scored with the perception span hidden; read on reasoning tokens.
         corrupted_logits: as `logits`, in place of `corrupted_logps`; only rows of the role are read, no gradient.
         ablated_logits: as `logits`, in place of `ablated_logps`.
+        corrupted_kl: `[B, T]` nats, what `contrast_kind="kl"` reads in place of `corrupted_logps` unless it has
+            `corrupted_logits` to compare with `logits` here: each row of both is then read once, together.
+        ablated_kl: as `corrupted_kl`, of `ablated_logps`.
         weights: `[B, T]`, at least 0; replace the credit stage.
         contrast: `[B, T]` nats, in place of the streams: a contrast of your own goes through the credit stage, read on
             both roles; NaN has no value.
@@ -116,15 +122,14 @@ def role_weighted_grpo_loss(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
-        live=Streams(corrupted_logits, ablated_logits),
+        divergences=Streams(corrupted_kl, ablated_kl), live=Streams(corrupted_logits, ablated_logits),
         check_live=lambda name, x: checks.logits_of(call, name, x, layout, logits.shape[-1]),
     )  # fmt: skip
     if inplace_backward:
         _check_inplace(call, logits)
 
     learns = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward
-    weighs_first = not request.scores and (not request.reads or old_logps is not None)
-    of_rows = weighs_first and loss.importance_sampling_level == "token"
+    of_rows = not request.scores and request.weighs_first and loss.importance_sampling_level == "token"
     if learns and of_rows and backends.trains_rows(logits, mask.numel(), chosen):
         return _train_rows(request, logits, ids)
 
@@ -132,7 +137,7 @@ def role_weighted_grpo_loss(
     row_masks = [mask, *(credit.rows(name, request.role_ids, mask) for name in live)]
     padded = layout.cu_seqlens is None
     streams = {name: x.detach() if padded else x.detach()[None] for name, x in live.items()}
-    logps, _, _, entropy = ops.row_statistics(
+    logps, _, _, entropy, kl = ops.row_statistics(
         logits if padded else logits[None],
         ids if padded else ids[None],
         torch.stack([m if padded else m[None] for m in row_masks]),
@@ -140,12 +145,14 @@ def role_weighted_grpo_loss(
         ablated_logits=streams.get("ablated"),
         temperature=loss.temperature,
         return_entropy=True,
+        return_kl=credit.reads_kl and bool(live),
         inplace_backward=inplace_backward,
         backend=chosen,
     )
     if not padded:
-        logps, entropy = logps[:, 0], entropy[0]
-    scored = request.streams._replace(**{name: logps[k + 1].detach() for k, name in enumerate(live)})
+        logps, entropy, kl = logps[:, 0], entropy[0], kl[:, 0] if kl.numel() else kl
+    read = kl if credit.reads_kl else logps[1:]
+    scored = request.streams._replace(**{name: read[k].detach() for k, name in enumerate(live)})
     return run(request, logps[0], entropy.detach(), scored)
 
 
@@ -169,6 +176,8 @@ def role_weighted_grpo_loss_from_logps(
     completion_mask: Tensor | None = None,
     corrupted_logps: Tensor | None = None,
     ablated_logps: Tensor | None = None,
+    corrupted_kl: Tensor | None = None,
+    ablated_kl: Tensor | None = None,
     weights: Tensor | None = None,
     contrast: Tensor | None = None,
     old_logps: Tensor | None = None,
@@ -188,9 +197,9 @@ def role_weighted_grpo_loss_from_logps(
     Args:
         logps: `[B, T]` nats of the completion tokens under the current policy, with the temperature applied.
         advantages: `[B]` or `[B, T]`.
-        role_ids, completion_mask, corrupted_logps, ablated_logps, weights, contrast, old_logps, ref_logps,
-            importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss, validate_values, backend: as in
-            `role_weighted_grpo_loss`.
+        role_ids, completion_mask, corrupted_logps, ablated_logps, corrupted_kl, ablated_kl, weights, contrast,
+            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss,
+            validate_values, backend: as in `role_weighted_grpo_loss`.
 
     Returns: LossOutput, with `entropy=None`.
 
@@ -221,6 +230,7 @@ def role_weighted_grpo_loss_from_logps(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
+        divergences=Streams(corrupted_kl, ablated_kl),
     )  # fmt: skip
     return run(request, logps, None, request.streams)
 
@@ -294,7 +304,7 @@ def selected_logps(
     check_logits = functools.partial(checks.logits_of, call, "logits", logits)
     layout, valid, ids = checks.selection(call, completion_ids, mask, one, check_logits)
     chosen = checks.backend_of(call, backend, logits.dtype)
-    logps, _, _, entropy = ops.row_statistics(
+    logps, _, _, entropy, _ = ops.row_statistics(
         logits[None] if packed else logits,
         ids[None] if packed else ids,
         (valid[None] if packed else valid)[None],
@@ -304,6 +314,77 @@ def selected_logps(
     )
     shaped = logps.reshape(layout.shape)
     return SelectedLogps(shaped, entropy.reshape(layout.shape)) if return_entropy else shaped
+
+
+class Divergence(NamedTuple):
+    """`kl` `[B, T]` nats, at least 0: of a context from the clean one; and `logps` `[B, T]` of the ids in it."""
+
+    kl: Tensor
+    logps: Tensor
+
+
+@torch.no_grad()
+def vocabulary_kl(
+    logits: Tensor,
+    contrast_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    validate_values: bool | None = None,
+    backend: str = "auto",
+) -> Divergence:
+    """Compute the divergence of one context from another over the whole vocabulary, each row of both read once.
+
+    KL(p || q) = sum p (z - z') - log sum exp z + log sum exp z',  z and z' the logits of both contexts / temperature
+
+    Args:
+        logits: `[B, T, V]` or `[B, T + 1, V]`, or packed `[N, V]`; any strides.
+        contrast_logits: as `logits`, of the same tokens in a context that lacks something; another dtype is fine.
+        completion_ids: `[B, T]` or `[N]` integers.
+        temperature: sampling temperature.
+        mask: `[B, T]` or `[N]` 0/1; rows with 0 are not read and give 0.
+        validate_values: None checks values of CPU tensors, True of all, False of none.
+        backend: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns: Divergence, fp32 (fp64 for fp64 on the torch backend). A token that both contexts ban (-inf) adds 0; one
+        that `contrast_logits` alone ban makes the divergence infinite.
+
+    Gradient: none.
+
+    Memory: vectors of `[B, T]`.
+
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError, KernelUnavailableError.
+
+    Source: the token dependency of VPPO, arXiv 2510.09285, and PGPO, arXiv 2604.01840, whose code samples it.
+
+    Example:
+        >>> logits, ids = torch.randn(2, 6, 100), torch.randint(100, (2, 6))
+        >>> bool((vocabulary_kl(logits, logits + 1.0, ids).kl < 1e-6).all())  # the same distribution
+        True
+    """
+    call = checks.Call("vocabulary_kl", logits, "logits", validate_values, {"completion_mask": "mask"})
+    checks.temperature(call, temperature)
+    packed = isinstance(completion_ids, Tensor) and completion_ids.dim() == 1
+    one = torch.arange(2, device=logits.device) * completion_ids.numel() if packed else None
+
+    def check_both(layout: Layout) -> int:
+        V = checks.logits_of(call, "logits", logits, layout)
+        return checks.logits_of(call, "contrast_logits", contrast_logits, layout, V)
+
+    layout, valid, ids = checks.selection(call, completion_ids, mask, one, check_both)
+    chosen = checks.backend_of(call, backend, logits.dtype)
+    logps, _, _, _, kl = ops.row_statistics(
+        logits[None] if packed else logits,
+        ids[None] if packed else ids,
+        torch.stack([valid[None] if packed else valid] * 2),
+        corrupted_logits=contrast_logits[None] if packed else contrast_logits,
+        temperature=temperature,
+        return_entropy=True,
+        return_kl=True,
+        backend=chosen,
+    )
+    return Divergence(kl[0].reshape(layout.shape), logps[1].reshape(layout.shape))
 
 
 def _check_inplace(call: checks.Call, logits: Tensor) -> None:

@@ -25,7 +25,7 @@ _LOSS_KEYS = ("tokens", "sequences", "clip_low", "clip_high", "kl", "entropy", "
 FAR_RATIO = 2.0  # a ratio beyond [1 / FAR_RATIO, FAR_RATIO] is no policy that a few updates away from the old one
 _MOST_FAR_RATIOS = 1 / 3
 _CELL_KEYS = tuple(f"{cell}/{name}" for cell in _CELLS for name in _CELL_SUMS)
-_CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", "not_scored", *_CELL_KEYS)
+_CREDIT_KEYS = ("baseline", "weighted_sequences", "no_value", "not_scored", "infinite", *_CELL_KEYS)
 
 
 class MetricSums(Mapping[str, Tensor]):
@@ -103,6 +103,7 @@ def _credit_scalars(s: dict[str, Tensor]) -> dict[str, Tensor]:
         "srpo/uniform_fraction": 1.0 - s["weighted_sequences"] / s["sequences"].clamp(min=1),
         "srpo/contrasts_without_value": s["no_value"],
         "srpo/cells_not_scored": s["not_scored"],
+        "srpo/infinite_divergences": s["infinite"],
     }
     for role in _ROLES:
         total = {k: sum((s[f"{role}/{sign}/{k}"] for sign in _SIGNS), s["tokens"] * 0) for k in _CELL_SUMS}
@@ -170,6 +171,7 @@ def credit_sums(credit: Credit, role_ids: Tensor, mask: Tensor, advantages: Tens
         has_baseline.sum().double(),
         ((credit.flags & NO_VALUE) != 0).sum().double(),
         credit.not_scored.double(),
+        credit.infinite.double(),
     )
     return torch.cat([torch.stack(head), (cells.double() @ features).flatten()]).detach()
 

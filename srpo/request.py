@@ -22,7 +22,7 @@ class Request:
         mask, advantages, role_ids: per token; without roles all are 0.
         has_roles: whether the caller gave roles: without them there is no credit stage.
         weights, contrast: what the caller gave in place of the credit stage, or of its streams.
-        streams: log-probs that were scored before.
+        streams: log-probs that were scored before, or their divergences where the credit reads those.
         live: logits or hidden states of the streams, to be scored in this call.
         ratio: importance sampling ratio per token.
         normaliser: `num_items_in_batch`.
@@ -62,6 +62,11 @@ class Request:
         """Return the live streams that the credit stage reads, by name."""
         return {name: x for name, x in self.live._asdict().items() if x is not None and name in self.reads}
 
+    @property
+    def weighs_first(self) -> bool:
+        """Say whether the weights are known before the current log-probs are: these are no part of any contrast."""
+        return not self.reads or self.old_logps is not None or self.credit.reads_kl
+
 
 def check_request(
     call: checks.Call,
@@ -80,6 +85,7 @@ def check_request(
     ref_logps: Any,
     importance_sampling_ratio: Any,
     num_items_in_batch: Any,
+    divergences: Streams = Streams(),  # noqa: B008 - immutable
     live: Streams = Streams(),  # noqa: B008 - immutable
     live_kind: str = "logits",
     check_live: Callable[[str, Any], Any] | None = None,
@@ -89,7 +95,7 @@ def check_request(
     roles = torch.zeros_like(mask) if role_ids is None else checks.roles_of(call, role_ids, mask, layout)
     ratio = checks.loss_inputs(call, loss, layout, mask, old_logps, ref_logps, importance_sampling_ratio)
     checks.normaliser(call, num_items_in_batch)
-    given = streams.named("logps") | live.named(live_kind)
+    given = streams.named("logps") | divergences.named("kl") | live.named(live_kind)
     if weights is not None:
         weights = checks.given_weights(call, weights, mask, layout, {"contrast": contrast} | given)
     elif contrast is not None:
@@ -100,7 +106,9 @@ def check_request(
                 fix = "pass role_ids from role_ids_from_completions, or drop the contrast streams"
                 call.fail(ConfigError, "role_ids", f"None together with {name}", "role ids [B, T]", fix)
     else:
-        checks.contrast_streams(call, credit, layout, roles, mask, streams, live, live_kind, check_live)
+        streams = checks.contrast_streams(
+            call, credit, layout, roles, mask, streams, divergences, live, live_kind, check_live
+        )
     return Request(
         call, layout, mask, per_token, roles, role_ids is not None, weights, contrast, streams, live, old_logps,
         ref_logps, ratio, num_items_in_batch, credit, loss, backend,

@@ -229,7 +229,7 @@ def _weigh(
         contrast = streams.logps - logps.corrupted
         lost = (credit.rows("corrupted", role_ids, mask) & is_not_scored(logps.corrupted)).sum()
     no_baseline = weights.new_full((len(mask),), torch.nan)
-    return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, lost)
+    return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, lost, lost * 0)
 
 
 def _own_metrics(

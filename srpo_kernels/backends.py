@@ -32,6 +32,32 @@ def row_statistics(
     return logps, row_max, log_sum, results[0][3] if return_entropy else results[0][3].new_empty(0)
 
 
+def row_pairs(
+    streams: list[Tensor], ids: Tensor, row_mask: Tensor, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return `logps` `[S, B, T]`, `row_max` and `log_sum` `[1, B, T]`, `entropy` `[B, T]` and `kl` `[S - 1, B, T]`.
+
+    Row by row the divergence of a stream from the first. A row has one contrast at most: the masks of the streams after
+    the first are disjoint, and are in that of the first.
+    """
+    if backend == "triton":
+        from srpo_kernels.row_pairs import row_pairs_fwd
+
+        with launch.device_guard(ids.device):
+            return row_pairs_fwd(streams, ids, row_mask, temperature)
+    contrasts = row_mask[1:]
+    alone = row_mask[0] & ~contrasts.any(0)
+    clean = row_chunks.row_statistics(streams[0], ids, alone, temperature, True)
+    scored, divergences = [], []
+    for mask, against in zip(contrasts, streams[1:], strict=True):
+        *of_clean, kl, logps = row_chunks.row_pairs(streams[0], against, ids, mask, temperature)
+        clean = [torch.where(mask, x, y) for x, y in zip(of_clean, clean, strict=True)]
+        scored.append(logps)
+        divergences.append(kl)
+    logps, row_max, log_sum, entropy = clean
+    return torch.stack([logps, *scored]), row_max[None], log_sum[None], entropy, torch.stack(divergences)
+
+
 def trains_rows(logits: Tensor, n_rows: int, backend: str) -> bool:
     """Say whether `row_training` takes logits: the gradient is formed before its upstream factor is known.
 

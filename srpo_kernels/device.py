@@ -157,6 +157,86 @@ def finish_statistics(target, row_max, row_sum, weighted, inv_temperature):
 
 
 @triton.jit
+def _cross_sums(x, y, subtracted, against, scale, VECTOR: tl.constexpr):
+    """Return sum e * z over each vector, e of `x` and z of `y`: `_vector_sums` for two rows."""
+    if VECTOR == 2:
+        LANES: tl.constexpr = subtracted.shape[0]
+        x_a, x_b = _neighbours(x)
+        y_a, y_b = _neighbours(y)
+        ROWS: tl.constexpr = x_a.shape[0] // LANES
+        e_a = tl.exp2((tl.reshape(x_a, [ROWS, LANES]) - subtracted[None, :]) * scale)
+        e_b = tl.exp2((tl.reshape(x_b, [ROWS, LANES]) - subtracted[None, :]) * scale)
+        z_a = tl.maximum((tl.reshape(y_a, [ROWS, LANES]) - against[None, :]) * scale, FLOOR)
+        z_b = tl.maximum((tl.reshape(y_b, [ROWS, LANES]) - against[None, :]) * scale, FLOOR)
+        return tl.fma(e_a, z_a, e_b * z_b)
+    else:
+        x_a, x_b = _neighbours(x)
+        y_a, y_b = _neighbours(y)
+        cross_a = _cross_sums(x_a, y_a, subtracted, against, scale, VECTOR // 2)
+        return cross_a + _cross_sums(x_b, y_b, subtracted, against, scale, VECTOR // 2)
+
+
+@triton.jit
+def banned_columns(x, y):
+    """Return x where y alone is banned, -inf elsewhere: its maximum says whether the divergence is infinite."""
+    return tl.where(y == NEG_INF, x, NEG_INF)
+
+
+@triton.jit
+def add_cross(
+    lane_cross, lane_banned, lane_sum, lane_max, new_max, against_max, new_against_max, x, y, scale,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Add a block of two rows to its lanes' (sum of e * z, e of `x` and z of `y`; largest `x` where `y` is banned).
+
+    `lane_sum`, `lane_max` and `against_max` are those before `add_block` took the block of each row.
+    """
+    banned = banned_columns(x, y)
+    for k in tl.static_range(VECTOR // 4 + 3):
+        a, b = _fold(banned, k, VECTOR)
+        banned = tl.maximum(a, b)
+    subtracted, against = _finite(new_max), _finite(new_against_max)
+    factor = tl.exp2(tl.maximum((lane_max - subtracted) * scale, FLOOR))
+    shift = tl.maximum((against_max - against) * scale, FLOOR)
+    block_cross = _sum_of_halves(_cross_sums(x, y, subtracted, against, scale, VECTOR))
+    lane_cross = tl.fma(tl.fma(lane_sum, shift, lane_cross), factor, block_cross)
+    return lane_cross, tl.maximum(lane_banned, banned)
+
+
+@triton.jit
+def reduce_cross(lane_cross, lane_sum, lane_max, chunk_max, against_max, chunk_against_max, scale):
+    """Merge the cross sums of lanes into that of a chunk."""
+    factor = tl.exp2(tl.maximum((lane_max - _finite(chunk_max)) * scale, FLOOR))
+    shift = tl.maximum((against_max - _finite(chunk_against_max)) * scale, FLOOR)
+    return tl.sum(tl.fma(tl.fma(lane_sum, shift, lane_cross), factor, 0.0), 0)
+
+
+@triton.jit
+def edge_cross(x, y, edge_max, against_max, scale):
+    """Return the cross sum of the columns that fill no vector."""
+    e = tl.exp2((x - _finite(edge_max)) * scale)
+    return tl.sum(tl.fma(e, tl.maximum((y - _finite(against_max)) * scale, FLOOR), 0.0), 0)
+
+
+@triton.jit
+def merge_cross(max_a, sum_a, against_a, cross_a, max_b, sum_b, against_b, cross_b, scale):
+    """Merge the cross sums of two disjoint sets of columns."""
+    subtracted, against = _finite(tl.maximum(max_a, max_b)), _finite(tl.maximum(against_a, against_b))
+    factor_a = tl.exp2(tl.maximum((max_a - subtracted) * scale, FLOOR))
+    factor_b = tl.exp2(tl.maximum((max_b - subtracted) * scale, FLOOR))
+    shift_a = tl.maximum((against_a - against) * scale, FLOOR)
+    shift_b = tl.maximum((against_b - against) * scale, FLOOR)
+    return tl.fma(tl.fma(sum_a, shift_a, cross_a), factor_a, tl.fma(sum_b, shift_b, cross_b) * factor_b)
+
+
+@triton.jit
+def finish_kl(row_sum, weighted, cross, log_sum, against_log_sum, banned):
+    """Return KL(p || q) >= 0 of a row from its merged statistics; infinite where q alone bans a token."""
+    kl = LN2 * ((weighted - cross) / row_sum) - log_sum + against_log_sum
+    return tl.where(banned > NEG_INF, float("inf"), tl.where(kl < 0.0, 0.0, kl))
+
+
+@triton.jit
 def k3(d):
     """Return exp(-d) + d - 1, accurate for small d."""
     series = d * 2.755731922e-7 - 2.755731922e-6

@@ -1,6 +1,7 @@
 """The ops of the vocabulary head, registered with `torch.library`; `linear_head.py` runs them.
 
     linear_head_logps       hidden, head -> logps, row_max, log_sum, entropy     differentiable in hidden, weight, bias
+    linear_head_pairs       hidden, hidden of a contrast, head -> kl, logps      not differentiable
     linear_head_gradient    upstream gradients -> dhidden, dweight, dbias
     linear_head_training    hidden, head, terms of the loss -> anchor, logps, entropy, dhidden, dweight, dbias
 
@@ -64,6 +65,29 @@ def _logps_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, g
 
 
 _linear_head_logps.register_autograd(_logps_backward, setup_context=_save_logps)
+
+
+@torch.library.custom_op("srpo::linear_head_pairs", mutates_args=())
+def _linear_head_pairs(
+    hidden: Tensor,
+    against: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    temperature: float,
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
+    return linear_head.pairs(head, hidden, against, ids, row_mask)
+
+
+@_linear_head_pairs.register_fake
+def _(hidden, against, weight, bias, ids, row_mask, temperature, workspace_bytes, process_group, backend):
+    dtype = backends.statistics_dtype(hidden.dtype, backend)
+    return tuple(ids.new_empty(ids.shape, dtype=dtype) for _ in range(2))
 
 
 @torch.library.custom_op("srpo::linear_head_gradient", mutates_args=())
@@ -171,6 +195,29 @@ def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
 
 
 _linear_head_training.register_autograd(_training_backward, setup_context=_save_training)
+
+
+def linear_head_pairs(
+    hidden: Tensor,
+    against: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    *,
+    temperature: float,
+    workspace_bytes: int,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return `kl`, the divergence of the rows of `against` from those of `hidden`, and their `logps`, all `[B, T]`.
+
+    Not differentiable. 4NVH for the rows of the mask; 0 elsewhere.
+    """
+    return torch.ops.srpo.linear_head_pairs(
+        hidden.detach(), against.detach(), weight.detach(), None if bias is None else bias.detach(), ids, row_mask,
+        temperature, workspace_bytes, process_group, backend,
+    )  # fmt: skip
 
 
 def linear_head_logps(

@@ -4,6 +4,7 @@
     dx = dlogits W,   dW = sum over chunks of dlogits^T x,   dbias = sum of dlogits
 
     scoring    2NVH   log-probs and entropies
+    pairs      4NVH   the divergence of one context from another, and the log-probs of the second
     training   6NVH   g is computed as soon as a chunk is scored, while its logits exist (4NVH with a frozen head)
     gradient   6NVH   any g and h: the logits of a chunk are computed again
 
@@ -98,6 +99,24 @@ def score(
             result[cells] = values
     logps, row_max, log_sum, *entropy = (x.view(ids.shape) for x in results)
     return logps, row_max, log_sum, entropy[0] if return_entropy else logps.new_empty(0)
+
+
+def pairs(head: Head, hidden: Tensor, against: Tensor, ids: Tensor, row_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `kl` of the rows of `against` from those of `hidden`, and their `logps` `[B, T]`; 0 outside the mask.
+
+    The workspace holds both products of a chunk.
+    """
+    engines = [_Engine(head, x, ids, (False,) * 3) for x in (hidden, against)]
+    for engine in engines:
+        engine.capacity = max(1, engine.capacity // 2)
+    kl, logps = engines[0].results(2)
+    for cells, _ in zip(*(engine.chunks(row_mask) for engine in engines), strict=True):
+        logits = [engine.logits(cells)[None] for engine in engines]
+        every = torch.ones(2, 1, len(cells), dtype=torch.bool, device=ids.device)
+        of_cells = engines[0].ids[cells][None]
+        scored, _, _, _, divergences = backends.row_pairs(logits, of_cells, every, head.temperature, head.backend)
+        kl[cells], logps[cells] = divergences[0, 0], scored[1, 0]
+    return kl.view(ids.shape), logps.view(ids.shape)
 
 
 def gradient(

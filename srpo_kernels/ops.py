@@ -1,6 +1,6 @@
 """The ops of `srpo`, registered with `torch.library`: schemas, fake kernels, autograd, declared mutation.
 
-    row_statistics     logits -> logps, row_max, log_sum, entropy          differentiable in the first stream of logits
+    row_statistics     logits -> logps, row_max, log_sum, entropy, kl      differentiable in the first stream of logits
     logits_gradient    coefficients -> dlogits                             `logits_gradient_` overwrites its logits
     row_training       logits, weights, advantages -> anchor, logps, entropy, dlogits    behind `launch.TRAINS_ROWS`
     token_credit       contrasts -> contrast, weights, flags, baseline     never differentiable
@@ -28,31 +28,41 @@ def _row_statistics(
     row_mask: Tensor,
     temperature: float,
     return_entropy: bool,
+    return_kl: bool,
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams = [x for x in (logits, corrupted_logits, ablated_logits) if x is not None]
-    return backends.row_statistics(streams, ids, row_mask, temperature, return_entropy, backend)
+    if return_kl:
+        return backends.row_pairs(streams, ids, row_mask, temperature, backend)
+    statistics = backends.row_statistics(streams, ids, row_mask, temperature, return_entropy, backend)
+    return *statistics, statistics[0].new_empty(0)
 
 
 @_row_statistics.register_fake
 def _(
-    logits, corrupted_logits, ablated_logits, ids, row_mask, temperature, return_entropy, inplace_backward, backend
+    logits, corrupted_logits, ablated_logits, ids, row_mask, temperature, return_entropy, return_kl, inplace_backward,
+    backend,
 ):  # fmt: skip
     dtype = backends.statistics_dtype(logits.dtype, backend)
-    per_stream = [row_mask.new_empty(row_mask.shape, dtype=dtype) for _ in range(3)]
-    return *per_stream, row_mask.new_empty(ids.shape if return_entropy else (0,), dtype=dtype)
+    S, rows = row_mask.shape[0], tuple(ids.shape)
+    statistics = (1 if return_kl else S, *rows)
+    of_clean, of_contrasts = rows if return_entropy else (0,), (S - 1, *rows) if return_kl else (0,)
+    shapes = ((S, *rows), statistics, statistics, of_clean, of_contrasts)
+    return tuple(row_mask.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _save_row_statistics(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, _, ids, row_mask, temperature, return_entropy, inplace_backward, backend = inputs
-    _, row_max, log_sum, entropy = output
+    logits, _, _, ids, row_mask, temperature, return_entropy, _, inplace_backward, backend = inputs
+    _, row_max, log_sum, entropy, _ = output
     ctx.save_for_backward(logits, ids, row_mask, row_max, log_sum, entropy)
     ctx.settings = temperature, return_entropy, inplace_backward, backend
     ctx.set_materialize_grads(False)
 
 
-def _row_statistics_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, grad_entropy: Tensor | None):
+def _row_statistics_backward(
+    ctx: Any, grad_logps: Tensor | None, _max: Any, _sum: Any, grad_entropy: Tensor | None, _kl: Any
+):  # fmt: skip
     logits, ids, row_mask, row_max, log_sum, entropy = ctx.saved_tensors
     temperature, return_entropy, inplace_backward, backend = ctx.settings
     mask = row_mask[0]
@@ -68,7 +78,7 @@ def _row_statistics_backward(ctx: Any, grad_logps: Tensor | None, _max: Any, _su
         grad = logits.detach()
     else:
         grad = torch.ops.srpo.logits_gradient(logits, *arguments)
-    return grad, None, None, None, None, None, None, None, None
+    return grad, *[None] * 9
 
 
 _row_statistics.register_autograd(_row_statistics_backward, setup_context=_save_row_statistics)
@@ -323,21 +333,26 @@ def row_statistics(
     ablated_logits: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    return_kl: bool = False,
     inplace_backward: bool = False,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `logps`, `row_max`, `log_sum` `[S, B, T]` and `entropy` `[B, T]` of up to three streams of logits.
+
+    With `return_kl`, which takes `return_entropy` too, also `kl` `[S - 1, B, T]`, the divergence of each stream from
+    the first on its rows; `row_max` and `log_sum` are then `[1, B, T]`.
 
     Args:
         logits: `[B, T or T+1, V]`, any strides. The streams after the first carry no gradient.
         ids: `[B, T]` int64, contiguous.
-        row_mask: `[S, B, T]` bool, contiguous: the rows of each stream that are needed.
+        row_mask: `[S, B, T]` bool, contiguous: the rows of each stream that are needed. With `return_kl` those of the
+            streams after the first are disjoint, and rows of the first.
 
-    Gradient: from `logps[0]` and `entropy` to `logits`. `row_max` and `log_sum` carry none.
+    Gradient: from `logps[0]` and `entropy` to `logits`. `row_max`, `log_sum` and `kl` carry none.
     """
     streams = (logits, corrupted_logits, ablated_logits)
     return torch.ops.srpo.row_statistics(
-        *streams, ids, row_mask, float(temperature), return_entropy, inplace_backward, backend
+        *streams, ids, row_mask, float(temperature), return_entropy, return_kl, inplace_backward, backend
     )
 
 

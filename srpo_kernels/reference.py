@@ -55,6 +55,33 @@ def finish_statistics(
     return target - log_sum, row_max, log_sum, None if weighted is None else log_sum - weighted / total
 
 
+def pair_sums(
+    logits: Tensor,
+    against: Tensor,
+    ids: Tensor,
+    temperature: float,
+    workspace: tuple[Tensor, ...] | None = None,
+    out: tuple[Tensor | None, ...] = (None,) * 5,
+) -> tuple[tuple, tuple, Tensor]:
+    """Return the `row_sums` of two rows `[n, V]` each, and the cross sum `[n]`, -inf where `against` alone bans.
+
+    cross = sum p z',  p of `logits`, z' of `against`: an entry that both ban counts as 0
+
+    `workspace` lends three `[n, V]` buffers, of which the first may be `logits` and the third `against`.
+    """
+    z, probs, other = workspace or tuple(torch.empty_like(logits) for _ in range(3))
+    second = row_sums(against, ids, temperature, False, (other, probs))
+    first = row_sums(logits, ids, temperature, True, (z, probs), out)
+    cross = torch.nansum(torch.softmax(z, -1, out=probs).mul_(other), -1)
+    banned = (other.isneginf() & ~z.isneginf()).any(-1)  # also where p is too small to be told from 0
+    return first, second, cross.masked_fill(banned, -torch.inf)
+
+
+def finish_kl(total: Tensor, weighted: Tensor, cross: Tensor, log_sum: Tensor, against_log_sum: Tensor) -> Tensor:
+    """Return KL(p || q) >= 0 of rows from their sums; infinite where q alone bans a token."""
+    return ((weighted - cross) / total - log_sum + against_log_sum).clamp(min=0.0)
+
+
 def logits_gradient(
     logits: Tensor,
     ids: Tensor,
@@ -116,7 +143,8 @@ def token_credit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `contrast`, `weights`, `flags` (uint8), all `[R, T]`, and `baseline` `[R]` of padded trajectories.
 
-    A given `contrast` is used as it is; without it the contrast comes from the log-probs of the streams. `baseline` is
+    A given `contrast` is used as it is; without it the contrast comes from the log-probs of the streams, or from their
+    divergences with `contrast_kind="kl"`. `baseline` is
     the mean contrast over the credit set, NaN where a trajectory got weight 1 because it lacks a role.
     """
     evidence, c, no_value, perception, reasoning = _evidence(contrast, base, corrupted, ablated, role_ids, mask, rule)
@@ -186,15 +214,14 @@ def _evidence(
     perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
     if contrast is not None:
         raw = contrast
-    elif rule.reasoning_signal == "image_independence":
-        assert base is not None
-        assert corrupted is not None
-        raw = torch.where(reasoning, corrupted - base, base - corrupted)
     else:
+        one_pass = rule.reasoning_signal == "image_independence"
         assert base is not None
         assert corrupted is not None
-        assert ablated is not None
-        raw = base - torch.where(perception, corrupted, ablated)
+        assert one_pass or ablated is not None
+        against = corrupted if one_pass or ablated is None else torch.where(perception, corrupted, ablated)
+        raw = against if rule.contrast_kind == "kl" else base - against  # of "kl" a stream holds its divergences
+        raw = torch.where(reasoning, -raw, raw) if one_pass else raw
     c = torch.where(perception | reasoning, raw, 0.0)
     no_value = c.isnan()
     c = c.nan_to_num(0.0, rule.contrast_clamp, -rule.contrast_clamp)

@@ -5,7 +5,8 @@ depends on how many rows or threads there are. (Parallel ops on small chunks wou
 microseconds, which on a busy machine costs more than the arithmetic.) Masked rows are never read there. On other
 devices finding them would need a sync, so they are computed and discarded.
 
-Memory beyond the outputs: two chunks in the compute dtype, 4 MiB a CPU thread or 128 MiB on other devices.
+Memory beyond the outputs: two chunks in the compute dtype (three for pairs of rows), 4 MiB a CPU thread or 128 MiB on
+other devices.
 """
 
 import ctypes
@@ -50,6 +51,33 @@ def row_statistics(
     statistics = reference.finish_statistics(row_max, target, total, largest, weighted if return_entropy else None)
     logps, row_max, log_sum, entropy = (rows.spread(weighted if x is None else x) for x in statistics)
     return logps, row_max, log_sum, entropy
+
+
+def row_pairs(
+    logits: Tensor, against: Tensor, ids: Tensor, row_mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the `row_statistics` of `logits`, and `kl` and `logps` of `against`, all `[B, T]`."""
+    rows = _Rows(row_mask)
+    ids = rows.take(torch.where(row_mask, ids, 0))
+    sums = ids.new_zeros(9, *ids.shape, dtype=compute_dtype(logits.dtype))
+
+    def work(chunk: _Chunk, buffers: Tensor) -> None:
+        x, z, probs, other = _load(logits, chunk, buffers)
+        y = against[chunk.b, chunk.rows]
+        y = y if y.dtype == other.dtype else other.copy_(y)
+        out = sums[:, chunk.place]
+        of_row = ids[chunk.place]
+        _, second, cross = reference.pair_sums(x, y, of_row, temperature, (z, probs, other), tuple(out[:5]))
+        for result, values in zip(out[5:], (*second[1:4], cross), strict=True):
+            result.copy_(values)
+
+    _for_each_chunk(work, rows, logits, n_buffers=3)
+    row_max, target, total, largest, weighted, *second, cross = sums.unbind()
+    logps, row_max, log_sum, entropy = reference.finish_statistics(row_max, target, total, largest, weighted)
+    against_logps, _, against_log_sum, _ = reference.finish_statistics(row_max, second[0], second[1], second[2], None)
+    kl = reference.finish_kl(total, weighted, cross, log_sum, against_log_sum)
+    results = (logps, row_max, log_sum, entropy, kl, against_logps)
+    return tuple(rows.spread(weighted if x is None else x) for x in results)  # pyright: ignore[reportReturnType]
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -159,13 +187,13 @@ class _Rows:
         return self.mask[b].nonzero().flatten() if self.compact else torch.arange(self.shape[1])
 
 
-def _for_each_chunk(work: Callable[[_Chunk, Tensor], None], rows: _Rows, logits: Tensor) -> None:
+def _for_each_chunk(work: Callable[[_Chunk, Tensor], None], rows: _Rows, logits: Tensor, n_buffers: int = 2) -> None:
     """Call `work(chunk, workspace)` on every chunk of active rows."""
     V, dtype = logits.shape[-1], compute_dtype(logits.dtype)
     on_cpu = logits.device.type == "cpu"
     size = max(4, (_CHUNK_BYTES if on_cpu else _CHUNK_BYTES_OFF_CPU) // (4 * V))
     chunks = list(rows.chunks(size, 4 * V))
-    shape = (2, min(size, rows.shape[1]), V)
+    shape = (n_buffers, min(size, rows.shape[1]), V)
 
     inference = torch.is_inference_mode_enabled()
 
@@ -200,10 +228,10 @@ def _make_ops_serial() -> None:
     torch.set_num_threads(1)
 
 
-def _load(logits: Tensor, chunk: _Chunk, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows in the compute dtype and two buffers of their size; the first may hold the rows."""
+def _load(logits: Tensor, chunk: _Chunk, buffers: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows in the compute dtype and buffers of their size; the first may hold the rows."""
     x = logits[chunk.b, chunk.rows]
-    first, second = buffers[:, : x.shape[0]]
+    workspace = buffers[:, : x.shape[0]].unbind()
     if x.dtype != buffers.dtype:
-        x = first.copy_(x)
-    return x, first, second
+        x = workspace[0].copy_(x)
+    return x, *workspace

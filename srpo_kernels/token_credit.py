@@ -36,14 +36,17 @@ def _contrast_block(
         bounded = tl.where(raw > 0, clamp, -clamp)
         c = tl.where(tl.abs(raw) == float("inf"), bounded, tl.where(no_value, 0.0, raw))
     else:
-        base = tl.load(base_ptr + tokens, mask=credited, other=0.0).to(tl.float32)
         if ONE_PASS:
             against = tl.load(corrupted_ptr + tokens, mask=credited, other=0.0).to(tl.float32)
-            raw = tl.where(role == 2, against - base, base - against)
         else:
             corrupted = tl.load(corrupted_ptr + tokens, mask=role == 1, other=0.0).to(tl.float32)
             ablated = tl.load(ablated_ptr + tokens, mask=role == 2, other=0.0).to(tl.float32)
-            raw = base - tl.where(role == 1, corrupted, ablated)
+            against = tl.where(role == 1, corrupted, ablated)
+        raw = against
+        if KIND != "kl":  # of which a stream holds its divergences
+            raw = tl.load(base_ptr + tokens, mask=credited, other=0.0).to(tl.float32) - against
+        if ONE_PASS:
+            raw = tl.where(role == 2, -raw, raw)
         no_value = raw != raw
         d = tl.minimum(tl.maximum(tl.where(no_value, 0.0, raw), -clamp), clamp)
         c = tl.where(credited, contrast_of(d, KIND), 0.0)

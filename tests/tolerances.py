@@ -14,6 +14,7 @@ FLOORS: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     # quantity: {precision: (absolute, relative)}
     "logps": {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 2e-6)},
     "entropy": {torch.float64: (1e-12, 1e-12), torch.float32: (4e-6, 4e-6)},
+    "kl": {torch.float64: (1e-12, 1e-12), torch.float32: (4e-6, 4e-6)},
     "contrast": {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 2e-6)},
     "weights": {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-5)},
     "loss": {torch.float64: (1e-10, 1e-10), torch.float32: (3e-6, 1e-5)},
