@@ -36,7 +36,7 @@ from srpo.stage import LossOutput
 from srpo.vision.ablation import perception_tokens
 from srpo.vision.corruption import Blank, Blur, GaussianNoise, PatchMask, PixelLayout, ShuffleImages
 from srpo.vision.pictures import corrupt_images
-from srpo.vision.scoring import StreamLogps, score_streams
+from srpo.vision.scoring import StreamDivergences, StreamLogps, score_streams
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "SelectedLogps",
     "ShapeError",
     "ShuffleImages",
+    "StreamDivergences",
     "StreamLogps",
     "corrupt_images",
     "group_advantages",

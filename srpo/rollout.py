@@ -215,18 +215,19 @@ def _weigh(
     A method has weights alone: its contrast is that of the image, it clips nothing and has no baseline.
     """
     logps = Streams(streams.corrupted_logps, streams.ablated_logps)
+    kl = Streams(getattr(streams, "corrupted_kl", None), getattr(streams, "ablated_kl", None))
     if isinstance(credit, CreditConfig):
-        checks.contrast_streams(call, credit, layout, role_ids, mask, logps)
-        read = Streams(*(x if name in credit.streams else None for name, x in zip(STREAMS, logps, strict=True)))
+        given = checks.contrast_streams(call, credit, layout, role_ids, mask, logps, kl)
+        read = Streams(*(x if name in credit.streams else None for name, x in zip(STREAMS, given, strict=True)))
         backend = checks.backend_of(call, "auto", streams.logps.dtype)
         return run_credit(call, layout, mask, role_ids, advantages, credit, backend, base=streams.logps, streams=read)
     weights = credit(
         logps=streams.logps, completion_mask=mask, role_ids=role_ids, advantages=advantages, entropy=streams.entropy,
-        corrupted_logps=logps.corrupted, ablated_logps=logps.ablated,
+        corrupted_logps=logps.corrupted, ablated_logps=logps.ablated, corrupted_kl=kl.corrupted,
     )  # fmt: skip
     contrast, lost = torch.zeros_like(weights), mask.new_zeros((), dtype=torch.long)
     if logps.corrupted is not None:
-        contrast = streams.logps - logps.corrupted
+        contrast = kl.corrupted if credit.reads_kl and kl.corrupted is not None else streams.logps - logps.corrupted
         lost = (credit.rows("corrupted", role_ids, mask) & is_not_scored(logps.corrupted)).sum()
     no_baseline = weights.new_full((len(mask),), torch.nan)
     return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, lost, lost * 0)

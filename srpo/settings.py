@@ -11,7 +11,14 @@ from srpo.methods import METHODS, Method, linear_strength
 from srpo.roles import Role, RoleGrammar
 from srpo.vision import corruption as corruptions
 
-_AT_HAND = {"role_ids", "corrupted_logps", "ablated_logps", "advantages", "entropy"}  # signals of a method
+_AT_HAND = {
+    "role_ids",
+    "corrupted_logps",
+    "corrupted_kl",
+    "ablated_logps",
+    "advantages",
+    "entropy",
+}  # signals of a method
 _CORRUPTIONS = tuple(name for name in corruptions.__all__ if name != "PixelLayout")
 
 
@@ -40,8 +47,9 @@ class CreditSettings:
 
         Args:
             section: any of the fields; missing ones, and None, have their defaults. `credit` is a name, or fields of
-                `CreditConfig` beside a `preset`; `role_grammar` is fields of `RoleGrammar`; `corruption` is a name, or
-                settings beside a `name`. What the fields hold in the end is taken as it is.
+                `CreditConfig` beside a `preset`, or `kl="full"` beside a `preset` that is a method with a divergence;
+                `role_grammar` is fields of `RoleGrammar`; `corruption` is a name, or settings beside a `name`. What the
+                fields hold in the end is taken as it is.
 
         Raises: ConfigError.
         """
@@ -82,6 +90,8 @@ def _credit_of(x: Any) -> CreditConfig | Method:
     if isinstance(x, Mapping):
         own = dict(x)
         preset = own.pop("preset", "srpo")
+        if set(own) == {"kl"} and getattr(METHODS.get(preset), "kl", None) is not None:
+            return METHODS[preset].with_kl(own["kl"])
         _check_names("credit", own, [field.name for field in fields(CreditConfig)])
         if preset not in PRESETS:
             _refuse("credit.preset", preset, "one of " + ", ".join(PRESETS))

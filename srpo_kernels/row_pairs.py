@@ -105,29 +105,35 @@ def _pair_chunk(
 
 @triton.jit
 def _store_pair(
-    logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, row, other, logp, row_max, log_sum, entropy,
-    against_logp, kl,
+    logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, against_logps_ptr, row, logp, row_max, log_sum, entropy,
+    kl, against_logp,
 ):  # fmt: skip
     tl.store(logps_ptr + row, logp)
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(logps_ptr + other, against_logp)
     tl.store(kl_ptr + row, kl)
+    tl.store(against_logps_ptr + row, against_logp)
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "T", "stream"],
-    do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr", "logps_ptr", "row_max_ptr", "log_sum_ptr", "kl_ptr"],
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=[
+        "ids_ptr",
+        "row_mask_ptr",
+        "logps_ptr",
+        "row_max_ptr",
+        "log_sum_ptr",
+        "entropy_ptr",
+        "kl_ptr",
+        "against_logps_ptr",
+    ],
 )
 def _row_pairs_fwd_kernel(
     logits_ptr, against_ptr,  # [B, T or T+1, V] each
-    ids_ptr,  # [B, T]
-    row_mask_ptr,  # [S, B, T]
-    logps_ptr,  # [S, B, T]
-    row_max_ptr, log_sum_ptr, entropy_ptr,  # [B, T]
-    kl_ptr,  # [B, T], of this stream
-    stream, n_rows, T, V,
+    ids_ptr, row_mask_ptr,  # [B, T]
+    logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, against_logps_ptr,  # [B, T]
+    T, V,
     stride_b: tl.int64, stride_t: tl.int64, stride_v: tl.int64,
     against_stride_b: tl.int64, against_stride_t: tl.int64, against_stride_v: tl.int64,
     inv_temperature,
@@ -135,7 +141,7 @@ def _row_pairs_fwd_kernel(
     HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if tl.load(row_mask_ptr + stream * n_rows + row) == 0:
+    if tl.load(row_mask_ptr + row) == 0:
         return
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     scale = inv_temperature * LOG2E
@@ -162,20 +168,20 @@ def _row_pairs_fwd_kernel(
     against_logp, against_log_sum, _ = finish_statistics(against_target, against_max, against_sum, 0.0, inv_temperature)
     kl = finish_kl(row_sum, weighted, cross, log_sum, against_log_sum, banned)
     _store_pair(
-        logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, row, stream * n_rows + row, logp, row_max, log_sum,
-        entropy, against_logp, kl,
+        logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, against_logps_ptr, row, logp, row_max, log_sum,
+        entropy, kl, against_logp,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_chunks", "T", "stream"],
+    do_not_specialize=["n_rows", "n_chunks", "T"],
     do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr"],
 )
 def _row_pair_chunks_fwd_kernel(
     logits_ptr, against_ptr, ids_ptr, row_mask_ptr,
     partials_ptr,  # [B, T, n_chunks, 7]: those of `_pair_chunk`
     targets_ptr,  # [2, B, T]
-    stream, n_rows, n_chunks, T, V,
+    n_rows, n_chunks, T, V,
     stride_b: tl.int64, stride_t: tl.int64, stride_v: tl.int64,
     against_stride_b: tl.int64, against_stride_t: tl.int64, against_stride_v: tl.int64,
     inv_temperature,
@@ -183,7 +189,7 @@ def _row_pair_chunks_fwd_kernel(
     VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
-    if tl.load(row_mask_ptr + stream * n_rows + row) == 0:
+    if tl.load(row_mask_ptr + row) == 0:
         return
     row_ptr = row_pointer(logits_ptr, row // T, row % T, stride_b, stride_t)
     against_row_ptr = row_pointer(against_ptr, row // T, row % T, against_stride_b, against_stride_t)
@@ -213,15 +219,24 @@ def _row_pair_chunks_fwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_chunks", "stream"],
-    do_not_specialize_on_alignment=["ids_ptr", "row_mask_ptr", "logps_ptr", "row_max_ptr", "log_sum_ptr", "kl_ptr"],
+    do_not_specialize=["n_rows", "n_chunks"],
+    do_not_specialize_on_alignment=[
+        "ids_ptr",
+        "row_mask_ptr",
+        "logps_ptr",
+        "row_max_ptr",
+        "log_sum_ptr",
+        "entropy_ptr",
+        "kl_ptr",
+        "against_logps_ptr",
+    ],
 )
 def _merge_pair_chunks_fwd_kernel(
     partials_ptr, targets_ptr, ids_ptr, row_mask_ptr, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr,
-    stream, n_rows, n_chunks, V, inv_temperature,
+    against_logps_ptr, n_rows, n_chunks, V, inv_temperature,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if tl.load(row_mask_ptr + stream * n_rows + row) == 0:
+    if tl.load(row_mask_ptr + row) == 0:
         return
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     scale = inv_temperature * LOG2E
@@ -244,8 +259,8 @@ def _merge_pair_chunks_fwd_kernel(
     against_logp, against_log_sum, _ = finish_statistics(against_target, against_max, against_sum, 0.0, inv_temperature)
     kl = finish_kl(row_sum, weighted, cross, log_sum, against_log_sum, banned)
     _store_pair(
-        logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, row, stream * n_rows + row, logp, row_max, log_sum,
-        entropy, against_logp, kl,
+        logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, kl_ptr, against_logps_ptr, row, logp, row_max, log_sum,
+        entropy, kl, against_logp,
     )  # fmt: skip
 
 
@@ -263,12 +278,12 @@ def row_pairs_fwd(
     logps = torch.cat([clean, kl])
     if ids.numel() and streams[0].shape[-1]:
         for s, against in enumerate(streams[1:], 1):
-            outputs = (logps, row_max, log_sum, entropy, kl[s - 1])
-            _launch_pairs(streams[0], against, s, ids, row_mask, temperature, outputs)
+            outputs = (logps[0], row_max, log_sum, entropy, kl[s - 1], logps[s])
+            _launch_pairs(streams[0], against, ids, row_mask[s], temperature, outputs)
     return logps, row_max, log_sum, entropy, kl
 
 
-def _launch_pairs(logits, against, stream, ids, row_mask, temperature, outputs) -> None:
+def _launch_pairs(logits, against, ids, row_mask, temperature, outputs) -> None:
     n_rows, T, V = ids.numel(), ids.shape[1], logits.shape[-1]
     vector = 16 // logits.element_size()
     block, warps = launch.row_block(V)
@@ -285,16 +300,14 @@ def _launch_pairs(logits, against, stream, ids, row_mask, temperature, outputs) 
         "num_warps": warps,
         **launch.FUSION,
     }
-    inputs, sizes = (logits, against, ids, row_mask), (n_rows, T, V, *strides, 1.0 / temperature)
+    inputs, sizes = (logits, against, ids, row_mask), (T, V, *strides, 1.0 / temperature)
     if n_chunks == 1 or not launch.split_rows(n_rows, ids.device):
-        _row_pairs_fwd_kernel[(n_rows,)](*inputs, *outputs, stream, *sizes, **flags)
+        _row_pairs_fwd_kernel[(n_rows,)](*inputs, *outputs, *sizes, **flags)
         return
     partials = torch.empty(n_rows, n_chunks, 7, dtype=torch.float32, device=ids.device)
     targets = torch.empty(2, n_rows, dtype=torch.float32, device=ids.device)
-    _row_pair_chunks_fwd_kernel[(n_rows * n_chunks,)](
-        *inputs, partials, targets, stream, n_rows, n_chunks, *sizes[1:], **flags
-    )
+    _row_pair_chunks_fwd_kernel[(n_rows * n_chunks,)](*inputs, partials, targets, n_rows, n_chunks, *sizes, **flags)
     _merge_pair_chunks_fwd_kernel[(n_rows,)](
-        partials, targets, ids, row_mask, *outputs, stream, n_rows, n_chunks, V, 1.0 / temperature,
+        partials, targets, ids, row_mask, *outputs, n_rows, n_chunks, V, 1.0 / temperature,
         num_warps=1, **launch.FUSION,
     )  # fmt: skip

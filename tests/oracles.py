@@ -39,6 +39,14 @@ def entropies(logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     return out
 
 
+def kl(logits: Tensor, against: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL of the last axis between two contexts: a token that both ban adds 0, one that the second alone bans: inf."""
+    p, q = (torch.log_softmax(x / temperature, dim=-1) for x in (logits, against))
+    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
+    banned = ((q == -math.inf) & (p > -math.inf)).any(-1)
+    return terms.sum(-1).masked_fill(banned, math.inf)
+
+
 def contrast_of_token(positive: float, negative: float, credit: Any) -> float:
     """Equation (1) for one token: clamp the difference, then apply the kind; no value at all counts as 0."""
     difference = positive - negative
@@ -53,7 +61,13 @@ def contrast_of_token(positive: float, negative: float, credit: Any) -> float:
 
 
 def contrast(base, corrupted, ablated, role_ids, mask, credit) -> Tensor:
-    """Equation (1) for a batch; 0 outside the credit set. `ablated` may be None for `image_independence`."""
+    """Equation (1) for a batch; 0 outside the credit set. `ablated` may be None for `image_independence`.
+
+    Of `contrast_kind="kl"` the streams hold divergences, and the base is 0: c = 0 - (-KL).
+    """
+    if credit.contrast_kind == "kl":
+        base, corrupted = torch.zeros_like(base), -corrupted
+        ablated = None if ablated is None else -ablated
     base, corrupted = base.double().tolist(), corrupted.double().tolist()
     ablated = None if ablated is None else ablated.double().tolist()
     out = torch.zeros(mask.shape, dtype=torch.float64)

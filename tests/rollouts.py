@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,29 @@ def make_rollout(family: str, vlm: tuple[Any, Any], images: tuple[int, ...] = (2
     )
 
 
+def repeated(one: Rollout, index: tuple[int, ...]) -> Rollout:
+    """Repeat the prompts of a rollout in an order, each time with a completion of its own."""
+    texts, pictures = ([x[i] for i in index] if x else [] for x in (one.texts, one.pictures))
+    made = replace(one, texts=tuple(texts), pictures=tuple(pictures))
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(20, 50, (len(index), T), generator=generator)
+    lengths = torch.randint(4, T + 1, (len(index),), generator=generator)
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    roles = torch.randint(0, 3, (len(index), T), generator=generator)
+    roles[1] = 2  # no perception
+    inputs = dict(one.inputs)
+    if one.pictures:
+        inputs = processed(one.family, one.processor, texts, pictures)
+        prompt, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, T))
+    else:
+        prompt, prompt_mask = (x[list(index), :-T] for x in (one.ids, one.mask))
+    return replace(
+        made, ids=torch.cat([prompt, ids * mask], 1), mask=torch.cat([prompt_mask, mask], 1), roles=roles, inputs=inputs
+    )
+
+
 def text_rollout(model: Any) -> Rollout:
     ids, mask = draw_completions(3)
     prompt = torch.randint(4, 50, (3, 6), generator=torch.Generator().manual_seed(2))
@@ -165,12 +188,12 @@ def own_positions(rollout: Rollout) -> Tensor | None:
     return found[0].expand(*found[0].shape[:-2], *rollout.ids.shape)
 
 
-def deleted_logps(rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Score each row alone and unpadded, without the tokens of perception; NaN where a token is gone."""
+def deleted_logits(rollout: Rollout) -> Tensor:
+    """Run each row alone and unpadded, without the tokens of perception: `[B, T, V]`, NaN where a token is gone."""
     positions = own_positions(rollout)
     kept = rollout.mask.bool().clone()
     kept[:, -T:] &= ~rollout.seen
-    out = torch.full(rollout.roles.shape, math.nan)
+    rows = []
     for row, keep in enumerate(kept):
         columns = keep.nonzero()[:, 0]
         inputs = row_inputs(rollout, row, len(columns))
@@ -179,10 +202,17 @@ def deleted_logps(rollout: Rollout, temperature: float = 1.0) -> Tensor:
         ids = rollout.ids[row : row + 1, columns]
         with torch.no_grad():
             logits = rollout.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits.float()
-        logps = (logits[:, :-1] / temperature).log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[0, :, 0]
         in_completion = columns >= rollout.ids.shape[1] - T
-        out[row, columns[in_completion] - rollout.ids.shape[1] + T] = logps[in_completion[1:]]
-    return out
+        out = logits.new_full((T, logits.shape[-1]), math.nan)
+        out[columns[in_completion] - rollout.ids.shape[1] + T] = logits[0, :-1][in_completion[1:]]
+        rows.append(out)
+    return torch.stack(rows)
+
+
+def deleted_logps(rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Score each row alone and unpadded, without the tokens of perception; NaN where a token is gone."""
+    logps = (deleted_logits(rollout) / temperature).log_softmax(dim=-1)
+    return logps.gather(-1, rollout.ids[:, -T:, None])[..., 0]
 
 
 def row_inputs(rollout: Rollout, row: int, length: int) -> dict[str, Any]:

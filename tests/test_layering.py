@@ -9,7 +9,7 @@ from processes import run_python
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("triton", "transformers", "trl", "matplotlib", "liger_kernel", "rich", "sklearn", "PIL")
-KERNEL_FILES = ("row_statistics", "token_credit", "policy_loss", "row_training", "device")
+KERNEL_FILES = ("row_statistics", "row_pairs", "token_credit", "policy_loss", "row_training", "device")
 
 
 def imported_modules(path: pathlib.Path) -> set[str]:

@@ -22,8 +22,8 @@ from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_we
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
-from srpo.rollout import RoleFunction, credit_rollout
-from srpo.vision.scoring import StreamLogps, score_streams
+from srpo.rollout import RoleFunction, ScoredStreams, credit_rollout
+from srpo.vision.scoring import score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
 
@@ -163,7 +163,7 @@ class SRPOTrainer(GRPOTrainer):
         """Gather `[1, K]` of every rank."""
         return cast(Tensor, self.accelerator.gather(vectors))
 
-    def _score(self, output: dict[str, Any], role_ids: Tensor, credit: CreditConfig | Method) -> StreamLogps:
+    def _score(self, output: dict[str, Any], role_ids: Tensor, credit: CreditConfig | Method) -> ScoredStreams:
         given = {name: output[name] for name in _MODEL_INPUTS if output.get(name) is not None}
         if output.get("num_tiles") is not None:  # families that cut images into tiles: each has its own pixels
             given["num_images"] = output["num_tiles"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from srpo.config import PRESETS, CreditConfig
-from srpo.errors import ConfigError
+from srpo.errors import ConfigError, refuse
 from srpo.methods import Method
 from srpo.roles import Role, RoleGrammar, role_ids_from_completions, warn_of_roles_that_never_parse
 from srpo.rollout import weigh_rollout
@@ -335,8 +335,14 @@ def easyr1_streams(
 def check_pictures(settings: CreditSettings) -> None:
     """Refuse a corruption that needs the pictures of the whole batch at once: here each row has its own.
 
+    Refuse divergences too: the workers return log-probs of the sampled tokens, and a divergence needs both rows of the
+    vocabulary at one place.
+
     Raises: ConfigError.
     """
+    if settings.credit.reads_kl:
+        expected = "a contrast of the sampled tokens, which is all that the workers return"
+        refuse(ConfigError, "CreditStages", "contrast_kind", "'kl'", expected, "use contrast_kind='k3'")
     if not getattr(settings.corruption, "is_per_picture", False):
         got, expected = type(settings.corruption).__name__, "one that treats each picture by itself"
         raise ConfigError(f"CreditStages(): corruption got {got}, expected {expected}; use 'PatchMask'.")

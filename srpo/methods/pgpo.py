@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from srpo.methods.signals import difference, min_max, number, opened
-from srpo_kernels.reference import k3
+from srpo.methods.signals import divergence, min_max, number
 
 
 def pgpo_weights(
     logps: Tensor,
-    corrupted_logps: Tensor,
+    corrupted_logps: Tensor | None,
     completion_mask: Tensor | None = None,
     *,
     threshold: float = 0.4,
     boost: float = 2.0,
+    corrupted_kl: Tensor | None = None,
 ) -> Tensor:
     """Suppress tokens below a threshold of visual dependency I, boost those above, and keep the sum of a response.
 
@@ -22,10 +22,12 @@ def pgpo_weights(
 
     Args:
         logps: `[B, T]` nats, of the policy that made the rollout.
-        corrupted_logps: `[B, T]` nats, of the same tokens with the image corrupted.
+        corrupted_logps: `[B, T]` nats, of the same tokens with the image corrupted; None with `corrupted_kl`.
         completion_mask: `[B, T]` 0/1; None means all valid.
         threshold: of I, in (0, 1).
         boost: slope above the threshold.
+        corrupted_kl: `[B, T]` nats at least 0: the divergence KL(clean || corrupted) over the vocabulary, by which the
+            paper defines dependency, in the place of k3 of the sampled token, which its code computes.
 
     Returns: `[B, T]` fp32 (fp64 for fp64), 0 on masked tokens; the weights of a response sum to its length, and are 1
         where all its tokens depend equally on the image.
@@ -38,12 +40,14 @@ def pgpo_weights(
 
     Source: PGPO, arXiv 2604.01840. k3 is not clipped here, its argument is clamped to +-20 nats.
     """
-    given = {"corrupted_logps": corrupted_logps}
-    call, mask, (clean, corrupted) = opened("pgpo_weights", "logps", logps, completion_mask, given)
+    with torch.no_grad():
+        call, mask, dependency = divergence(
+            "pgpo_weights", logps, corrupted_logps, corrupted_kl, completion_mask, torch.inf
+        )
     number(call, "threshold", threshold, 1e-6, 1.0 - 1e-6, 0.4)
     number(call, "boost", boost, 0.0, torch.inf, 2.0)
     with torch.no_grad():
-        I = min_max(k3(difference(clean, corrupted)).log1p(), mask)  # noqa: E741 - the paper's name
+        I = min_max(dependency.log1p(), mask)  # noqa: E741 - the paper's name
         raised = 1.0 + boost * (I - threshold) / (1.0 - threshold)
         raw = torch.where(mask, torch.where(threshold > I, I / threshold, raised), 0.0)
         total = raw.sum(-1, keepdim=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from srpo import checks
 from srpo.credit import compute_dtype
 from srpo.errors import ConfigError, is_number
+from srpo_kernels.reference import k3
 
 MOST_NATS = 20.0  # differences of log-probs are clamped to +- this
 
@@ -24,6 +25,29 @@ def opened(
         checks.scored(call, other, value, mask, f"{function} reads")
     dtype = compute_dtype(x)
     return call, mask, [torch.where(mask, value, 0.0).to(dtype) for value in (x, *others.values())]
+
+
+def divergence(
+    function: str,
+    logps: Any,
+    corrupted_logps: Any,
+    corrupted_kl: Any,
+    completion_mask: Any,
+    largest: float,
+) -> tuple[checks.Call, Tensor, Tensor]:
+    """Check what says how much tokens depend on the image; return the call, the mask and the divergence `[B, T]`.
+
+    That is k3(logps - corrupted_logps), at most `largest`, or the given one over the vocabulary, at most `MOST_NATS`.
+    """
+    name = "corrupted_logps" if corrupted_kl is None else "corrupted_kl"
+    other = corrupted_logps if corrupted_kl is None else corrupted_kl
+    call, mask, (clean, other) = opened(function, "logps", logps, completion_mask, {name: other})
+    if corrupted_kl is None:
+        return call, mask, k3(difference(clean, other)).clamp(0.0, largest)
+    if corrupted_logps is not None:
+        call.fail(ConfigError, name, "divergences together with corrupted_logps", "one of the two", f"drop {name}")
+    call.divergences(name, other, mask)
+    return call, mask, other.nan_to_num(0.0, MOST_NATS).clamp(0.0, MOST_NATS)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

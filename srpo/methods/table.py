@@ -1,7 +1,7 @@
 """All methods behind one call: `METHODS["vgpo"](**signals)` returns the weights that the loss takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +27,7 @@ SIGNALS: MappingProxyType[str, str] = MappingProxyType(
         "completion_mask": "the mask of valid completion tokens",
         "role_ids": "role_ids_from_completions(...).role_ids",
         "corrupted_logps": "score_streams(..., credit=...).corrupted_logps",
+        "corrupted_kl": "score_streams(..., credit=METHODS[...].with_kl('full')).corrupted_kl",
         "ablated_logps": "score_streams(..., credit=...).ablated_logps",
         "advantages": "group_advantages(rewards, group_ids)",
         "entropy": "score_streams(...).entropy",
@@ -48,6 +49,7 @@ class Method:
         passes: forward passes beyond the policy's own.
         changes: what it changes in the loss, in words.
         source: title and arXiv id.
+        kl: how it estimates the divergence from the corrupted stream; None: it has none.
     """
 
     name: str
@@ -58,11 +60,34 @@ class Method:
     _weights: Callable[..., Tensor]
     _term: Callable[..., Tensor] | None = None
     _credit: CreditConfig | None = None
+    kl: str | None = None
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Name the contrast streams that the method reads: `"corrupted"`, `"ablated"`, both or none."""
-        return tuple(name for name in STREAMS if f"{name}_logps" in self.needs)
+        return tuple(name for name in STREAMS if f"{name}_logps" in self.needs or f"{name}_kl" in self.needs)
+
+    @property
+    def reads_kl(self) -> bool:
+        """Say whether the method reads divergences over the vocabulary, as `CreditConfig.reads_kl`."""
+        return self.kl == "full"
+
+    def with_kl(self, kl: str) -> "Method":
+        """Return the method with another estimate of the divergence from the corrupted stream.
+
+        Args:
+            kl: `"k3"` of the sampled token, which the published code computes and which is the default; or `"full"`,
+                over the whole vocabulary (`corrupted_kl`), by which the papers define it.
+
+        Raises: ConfigError for another word, or a method that has no divergence.
+        """
+        known = (self.kl,) if self.kl is None else ("k3", "full")
+        if kl not in known:
+            expected = " or ".join(map(repr, known))
+            fix = "leave it out" if self.kl is None else "pass kl='full'"
+            refuse(ConfigError, f"METHODS[{self.name!r}]", "kl", repr(kl), expected, fix)
+        names = {"corrupted_logps": "corrupted_kl"} if kl == "full" else {"corrupted_kl": "corrupted_logps"}
+        return replace(self, kl=kl, needs=tuple(names.get(name, name) for name in self.needs))
 
     def rows(self, stream: str, role_ids: Tensor | None, mask: Tensor) -> Tensor:
         """Say which tokens of a contrast stream the method reads, as `CreditConfig.rows`.
@@ -79,10 +104,11 @@ class Method:
         """Say whether `loss_term` is more than 0."""
         return self._term is not None
 
-    def __call__(self, **signals: Any) -> Tensor:
+    def __call__(self, *, kl: str | None = None, **signals: Any) -> Tensor:
         """Return the weights of the tokens.
 
         Args:
+            kl: as in `with_kl`; None leaves the method as it is.
             signals: any of `SIGNALS`; those that this method does not read are ignored.
 
         Returns: `[B, T]` for `weights=` of the losses.
@@ -91,7 +117,10 @@ class Method:
 
         Raises: ConfigError for an unknown or a missing signal; what the method's own function raises.
         """
-        return self._weights(**self._taken(f"METHODS[{self.name!r}]", signals))
+        if kl is not None and kl != self.kl:
+            return self.with_kl(kl)(**signals)
+        taken = self._taken(f"METHODS[{self.name!r}]", signals)
+        return self._weights(**({"corrupted_logps": None} if self.reads_kl else {}), **taken)
 
     def loss_term(self, current_logps: Tensor, /, **signals: Any) -> Tensor:
         """Return what the method adds to the loss: 0 for all but PAPO.
@@ -164,6 +193,7 @@ _ALL = (
     Method(
         "vppo", ("corrupted_logps",), "1", "keeps 40 % of the tokens; trajectory factors, mean 1",
         "Spotlight on Token Perception for Multimodal Reinforcement Learning, 2510.09285", vppo_weights,
+        kl="k3",
     ),
     Method(
         "vgpo", ("similarity", "group_ids"), "0 (hidden states)", "token factors [0.1, 2], trajectory [0.9, 2]",
@@ -173,6 +203,7 @@ _ALL = (
     Method(
         "pgpo", ("corrupted_logps",), "1", "token weights from 0, sum kept",
         "Not All Tokens See Equally: Perception-Grounded Policy Optimization, 2604.01840", pgpo_weights,
+        kl="k3",
     ),
     Method(
         "tor", ("corrupted_logps", "entropy"), "1", "1 on top entropy, 0.5 on top dependency, else 0",

@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
-from srpo.methods.signals import difference, mean, min_max, number, opened, share_of
-from srpo_kernels.reference import K3_MAX, k3
+from srpo.methods.signals import divergence, mean, min_max, number, share_of
+from srpo_kernels.reference import K3_MAX
 
 
 def vppo_token_mask(
-    logps: Tensor, corrupted_logps: Tensor, completion_mask: Tensor | None = None, *, keep: float = 0.4
+    logps: Tensor,
+    corrupted_logps: Tensor | None,
+    completion_mask: Tensor | None = None,
+    *,
+    keep: float = 0.4,
+    corrupted_kl: Tensor | None = None,
 ) -> Tensor:
     """Keep the ceil(keep * T_i) tokens of each response with the largest k3(logps - corrupted_logps).
 
@@ -22,12 +27,17 @@ def vppo_token_mask(
 
     Source: VPPO, arXiv 2510.09285. The released sort is not stable.
     """
-    score, mask = _scores("vppo_token_mask", logps, corrupted_logps, completion_mask, keep, 0.9)
+    score, mask = _scores("vppo_token_mask", logps, corrupted_logps, corrupted_kl, completion_mask, keep, 0.9)
     return _kept(score, mask, keep).to(score.dtype)
 
 
 def vppo_trajectory_factors(
-    logps: Tensor, corrupted_logps: Tensor, completion_mask: Tensor | None = None, *, factor_min: float = 0.9
+    logps: Tensor,
+    corrupted_logps: Tensor | None,
+    completion_mask: Tensor | None = None,
+    *,
+    factor_min: float = 0.9,
+    corrupted_kl: Tensor | None = None,
 ) -> Tensor:
     """Scale trajectories by their mean dependency s on the image, to a mean factor of 1 over the batch.
 
@@ -44,26 +54,31 @@ def vppo_trajectory_factors(
 
     Source: VPPO, arXiv 2510.09285. The released code takes its means over a micro-batch; here over the rows given.
     """
-    score, mask = _scores("vppo_trajectory_factors", logps, corrupted_logps, completion_mask, 0.4, factor_min)
+    score, mask = _scores(
+        "vppo_trajectory_factors", logps, corrupted_logps, corrupted_kl, completion_mask, 0.4, factor_min
+    )
     return _factors(score, mask, factor_min)
 
 
 def vppo_weights(
     logps: Tensor,
-    corrupted_logps: Tensor,
+    corrupted_logps: Tensor | None,
     completion_mask: Tensor | None = None,
     *,
     keep: float = 0.4,
     factor_min: float = 0.9,
+    corrupted_kl: Tensor | None = None,
 ) -> Tensor:
     """Multiply token mask and trajectory factor.
 
     Args:
         logps: `[B, T]` nats, of the policy that made the rollout.
-        corrupted_logps: `[B, T]` nats, of the same tokens with the image corrupted.
+        corrupted_logps: `[B, T]` nats, of the same tokens with the image corrupted; None with `corrupted_kl`.
         completion_mask: `[B, T]` 0/1; None means all valid.
         keep: share of the tokens of a response that is trained.
         factor_min: smallest trajectory factor.
+        corrupted_kl: `[B, T]` nats at least 0: the divergence KL(clean || corrupted) over the vocabulary, by which the
+            paper defines dependency, in the place of k3 of the sampled token, which its code computes.
 
     Returns: `[B, T]` fp32 (fp64 for fp64). Pass it as `weights`: the denominator of the loss stays all valid tokens.
 
@@ -75,19 +90,24 @@ def vppo_weights(
 
     Source: VPPO, arXiv 2510.09285.
     """
-    score, mask = _scores("vppo_weights", logps, corrupted_logps, completion_mask, keep, factor_min)
+    score, mask = _scores("vppo_weights", logps, corrupted_logps, corrupted_kl, completion_mask, keep, factor_min)
     return _kept(score, mask, keep) * _factors(score, mask, factor_min)[:, None]
 
 
 def _scores(
-    function: str, logps: Tensor, corrupted_logps: Tensor, completion_mask: Tensor | None, keep: float, low: float
+    function: str,
+    logps: Tensor,
+    corrupted_logps: Tensor | None,
+    corrupted_kl: Tensor | None,
+    completion_mask: Tensor | None,
+    keep: float,
+    low: float,
 ) -> tuple[Tensor, Tensor]:
-    given = {"corrupted_logps": corrupted_logps}
-    call, mask, (clean, corrupted) = opened(function, "logps", logps, completion_mask, given)
+    with torch.no_grad():
+        call, mask, score = divergence(function, logps, corrupted_logps, corrupted_kl, completion_mask, K3_MAX)
     number(call, "keep", keep, 0.0, 1.0, 0.4)
     number(call, "factor_min", low, 0.0, 1.0, 0.9)
-    with torch.no_grad():
-        return k3(difference(clean, corrupted)).clamp(0.0, K3_MAX), mask
+    return score, mask
 
 
 def _kept(score: Tensor, mask: Tensor, keep: float) -> Tensor:

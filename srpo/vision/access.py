@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from srpo.hidden import selected_logps_from_hidden
+from srpo.hidden import selected_logps_from_hidden, vocabulary_kl_from_hidden
+from srpo.loss import Divergence
 from srpo.vision.cuts import is_pixels
 
 # Layers whose state runs through a token that the attention mask hides.
@@ -277,13 +278,22 @@ def head_in_fp32(model: Any) -> Iterator[None]:
 
 def head_logps(model: Any, states: Tensor, ids: Tensor, **options: Any) -> Any:
     """Return `selected_logps_from_hidden` of a bare head, in the precision in which the head multiplies."""
+    return _of_head(selected_logps_from_hidden, model, [states], ids, options)
+
+
+def head_divergence(model: Any, states: Tensor, contrast: Tensor, ids: Tensor, **options: Any) -> Divergence:
+    """Return `vocabulary_kl_from_hidden` of a bare head, in the precision in which the head multiplies."""
+    return _of_head(vocabulary_kl_from_hidden, model, [states, contrast], ids, options)
+
+
+def _of_head(function: Any, model: Any, states: list[Tensor], ids: Tensor, options: dict[str, Any]) -> Any:
     head = head_of(model)
     weight, bias = head.weight, head.bias
     if not isinstance(vars(head).get("forward"), _Fp32Linear):
-        return selected_logps_from_hidden(states, weight, ids, bias=bias, **options)
+        return function(*states, weight, ids, bias=bias, **options)
     bias = None if bias is None else bias.float()
-    with torch.autocast(states.device.type, enabled=False):
-        return selected_logps_from_hidden(states.float(), weight.float(), ids, bias=bias, **options)
+    with torch.autocast(ids.device.type, enabled=False):
+        return function(*(x.float() for x in states), weight.float(), ids, bias=bias, **options)
 
 
 def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any] | None:

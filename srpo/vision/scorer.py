@@ -9,14 +9,12 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, ShapeError
-from srpo.loss import selected_logps
 from srpo.methods.table import Method
 from srpo.roles import Role
 from srpo.streams import STREAMS, no_evidence, not_scored
 from srpo.vision.ablation import hide, swap
 from srpo.vision.access import (
     counted_positions,
-    head_logps,
     head_of,
     head_states,
     is_sharded,
@@ -27,7 +25,8 @@ from srpo.vision.access import (
 )
 from srpo.vision.inputs import ModelInputs, row_cuts
 from srpo.vision.prefix import PROOFS, Groups, agree, groups_of, with_positions
-from srpo.vision.shared import SharedRoad, first_alike, shared_groups
+from srpo.vision.rows import Rows
+from srpo.vision.shared import Contrast, SharedRoad, first_alike, shared_groups
 
 
 class Scorer:
@@ -38,13 +37,14 @@ class Scorer:
     ) -> None:
         self.model, self.temperature, self.ablation = model, temperature, ablation
         self.wanted, self.reader = streams, reader
+        self.reads_kl = reader.reads_kl
         self.in_step = is_sharded(model)
         self.head_is_bare = False if self.in_step else None  # None: not known yet
 
     def streams(
         self, inputs: ModelInputs, corrupted: ModelInputs | None, roles: Tensor, other: tuple[Tensor, Tensor] | None
     ) -> list[Tensor | None]:
-        """Score the streams of some sequences: logps, corrupted, ablated, entropy."""
+        """Score the streams of some sequences, in the order of `StreamLogps`."""
         B, T = roles.shape
         start = inputs.input_ids.shape[1] - T
         ids, valid = inputs.input_ids[:, start:], inputs.attention_mask[:, start:] != 0
@@ -56,20 +56,22 @@ class Scorer:
         if shares:
             inputs = inputs.with_features(vision_features(self.model, inputs.multimodal))
         with positions_given(self.model, *inputs.input_ids.shape) as positions:
-            logps, entropy = self.score(inputs, before, ids, valid, return_entropy=True)
-        results: list[Tensor | None] = [logps, None, None, entropy]
+            clean = self.rows(inputs, before)
+        logps, entropy = clean.score(ids, valid, self.temperature)
+        clean = clean if self.reads_kl else None
+        results = Results(logps, entropy, self.reads_kl)
         if "corrupted" in self.wanted:
-            found, scored = self._without_image(inputs, corrupted, visual, before, ids)
-            results[1] = _cells(logps, visual, found, scored)
+            found, scored = self._without_image(inputs, corrupted, visual, before, ids, clean)
+            results.put(0, visual, found, scored)
         if "ablated" in self.wanted:
-            scored = logps
+            scored = None
             if reasons.any() or (self.in_step and other is None):  # finding positions may take a forward
                 context, source = self._ablated(inputs, seen, other, positions)
-                scored = self.score(context, source, ids, reasons)
+                scored = self._contrast(context, source, ids, reasons, clean)
             else:
                 self._keep_in_step(inputs)
-            results[2] = _cells(logps, reasoned, reasons, scored)
-        return results
+            results.put(1, reasoned, reasons, scored)
+        return results.columns()
 
     def shared(
         self,
@@ -112,7 +114,7 @@ class Scorer:
         row, start = whole.rows(slice(i, i + 1), cuts), whole.input_ids.shape[1] - T
         valid = row.attention_mask[:, start:] != 0
         before = torch.arange(start - 1, start + T - 1, device=valid.device)[None]
-        own = self.score(row, before, row.input_ids[:, start:], valid)
+        own = self.rows(row, before).logps(row.input_ids[:, start:], valid, self.temperature)
         dtype = head_of(self.model).weight.dtype
         return PROOFS.keep(self.model, agree(own, logps[i : i + 1], valid, dtype), "compared with a plain forward")
 
@@ -146,8 +148,8 @@ class Scorer:
         prefix = road.prefix(placed, cuts, groups)
         if prefix is None:
             return None
-        logps, entropy = road.score(prefix, road.as_it_is(placed, valid & is_first), return_entropy=True)
-        results: list[Tensor | None] = [logps[once], None, None, entropy[once]]
+        clean = road.score(prefix, road.as_it_is(placed, valid & is_first), is_clean=True, keeps=self.reads_kl)
+        results = Results(clean.logps[once], clean.entropy[once], self.reads_kl)
         if "ablated" in self.wanted:
             reasons = reasoned & seen.any(dim=1, keepdim=True)
             what = road.without(seen, reasons & is_first)
@@ -155,33 +157,41 @@ class Scorer:
                 what = road.with_other(seen, reasons & is_first, other)
             if what is None:
                 return None
-            results[2] = _cells(logps, reasoned, reasons, road.score(prefix, what)[0][once])
+            results.put(1, reasoned, reasons, road.score(prefix, what, against=clean.states).contrast(once))
         del prefix
         if "corrupted" in self.wanted:
             found = torch.zeros_like(visual) if dark is None else visual & dark.with_picture()[:, None]
-            scored = logps
+            scored = None
             if dark is not None and found.any():
                 prefix = road.prefix(dark, cuts, dark_groups)
                 if prefix is None:
                     return None
-                scored = road.score(prefix, road.as_it_is(dark, found & is_first))[0][once]
-            results[1] = _cells(logps, visual, found, scored)
-        return results
+                what = road.as_it_is(dark, found & is_first)
+                scored = road.score(prefix, what, against=clean.states).contrast(once)
+            results.put(0, visual, found, scored)
+        return results.columns()
 
     def _without_image(
-        self, inputs: ModelInputs, corrupted: ModelInputs | None, rows: Tensor, before: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Score some tokens with the image corrupted; return which of them have one, and the log-probs of those."""
+        self,
+        inputs: ModelInputs,
+        corrupted: ModelInputs | None,
+        rows: Tensor,
+        before: Tensor,
+        ids: Tensor,
+        clean: Rows | None,
+    ) -> tuple[Tensor, Contrast | None]:
+        """Score some tokens with the image corrupted; return which of them have one, and what was scored of those."""
         start = inputs.input_ids.shape[1] - rows.shape[1]
-        nothing = torch.zeros(rows.shape, device=rows.device)
         rows = torch.zeros_like(rows) if corrupted is None else rows & corrupted.with_picture()[:, None]
         if corrupted is None or not rows.any():
             self._keep_in_step(inputs)
-            return rows, nothing
+            return rows, None
         end = self._last_needed(corrupted, rows, start)
         short = corrupted.columns(slice(0, start + end - 1))
-        scored = self.score(short, before[:, :end], ids[:, :end], rows[:, :end])
-        return rows, torch.cat([scored, nothing[:, end:].to(scored)], dim=1)
+        clean = None if clean is None else replace(clean, values=clean.values[:, :end])
+        scored = self._contrast(short, before[:, :end], ids[:, :end], rows[:, :end], clean)
+        behind = (0, rows.shape[1] - end)
+        return rows, Contrast(*(None if x is None else torch.nn.functional.pad(x, behind) for x in scored))
 
     def _keep_in_step(self, inputs: ModelInputs) -> None:
         """Run a forward that this rank has no use for: others gather parameters in theirs, and would wait for ever."""
@@ -207,23 +217,50 @@ class Scorer:
             call.fail(ConfigError, "model", got, expected, fix)
         return found
 
-    def score(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        """Score `ids` `[B, T]` from the states at columns `source` where `mask` is set, as `selected_logps`."""
+    def _contrast(self, inputs: ModelInputs, source: Tensor, ids: Tensor, mask: Tensor, clean: Rows | None) -> Contrast:
+        """Score `ids` in the context of a contrast: log-probs, and divergences from the `clean` rows if there are."""
+        rows = self.rows(inputs, source)
+        if clean is None:
+            return Contrast(rows.logps(ids, mask, self.temperature), None)
+        kl, logps = rows.against(clean, ids, mask, self.temperature)
+        return Contrast(logps, kl)
+
+    def rows(self, inputs: ModelInputs, source: Tensor) -> Rows:
+        """Run the model, and return what it has at columns `source` `[B, T]`."""
         S = inputs.input_ids.shape[1]
         keep = S - int(source.min()) if source.numel() else 1
         index = (source - (S - keep))[..., None]
-        options |= {"temperature": self.temperature, "mask": mask}
         if self.head_is_bare is not False:
             states, self.head_is_bare, _ = head_states(self.model, inputs.kwargs(), keep)
             if self.head_is_bare:
-                return head_logps(self.model, _at(states, index), ids, **options)
-        return selected_logps(_at(own_logits(self.model, inputs.kwargs(), keep), index), ids, **options)
+                return Rows(self.model, _at(states, index), True)
+        return Rows(self.model, _at(own_logits(self.model, inputs.kwargs(), keep), index), False)
 
     @staticmethod
     def _last_needed(inputs: ModelInputs, seen: Tensor, start: int) -> int:
         """Return how many completion tokens the corrupted forward needs: images in the rest would lack their place."""
         end = int(seen.any(dim=0).nonzero()[-1]) + 1
         return seen.shape[1] if inputs.picture_tokens()[:, start + end - 1 :].any() else end
+
+
+class Results:
+    """What is scored of some sequences, and what is said of the cells that are not."""
+
+    def __init__(self, logps: Tensor, entropy: Tensor, reads_kl: bool) -> None:
+        self.logps, self.entropy, self.reads_kl = logps, entropy, reads_kl
+        self.contrasts = [Contrast(None, None)] * len(STREAMS)
+
+    def put(self, stream: int, wanted: Tensor, found: Tensor, scored: Contrast | None) -> None:
+        """Take what was scored of a stream where it was `found`; nothing was where it is None."""
+        nothing = torch.zeros_like(self.logps)
+        logps, kl = scored or Contrast(nothing, nothing if self.reads_kl else None)
+        cells = (None if x is None else _cells(self.logps, wanted, found, x) for x in (logps, kl))
+        self.contrasts[stream] = Contrast(*cells)
+
+    def columns(self) -> list[Tensor | None]:
+        """Return the fields of `StreamLogps`, or of `StreamDivergences`."""
+        logps, divergences = zip(*self.contrasts, strict=True)
+        return [self.logps, *logps, self.entropy, *(divergences if self.reads_kl else ())]
 
 
 def _cells(like: Tensor, wanted: Tensor, found: Tensor, scored: Tensor) -> Tensor:

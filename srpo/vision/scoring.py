@@ -54,6 +54,32 @@ class StreamLogps(NamedTuple):
     ablated_logps: Tensor | None
     entropy: Tensor
 
+    @property
+    def corrupted_kl(self) -> None:
+        """Be None: the credit reads no divergences."""
+
+    @property
+    def ablated_kl(self) -> None:
+        """Be None: the credit reads no divergences."""
+
+
+class StreamDivergences(NamedTuple):
+    """Log-probs as in `StreamLogps`, and divergences of the contexts; what a credit is given that reads divergences.
+
+    Args:
+        logps, corrupted_logps, ablated_logps, entropy: as in `StreamLogps`.
+        corrupted_kl: `[B, T]` nats at least 0, KL(clean || corrupted) over the vocabulary, in the cells of
+            `corrupted_logps`.
+        ablated_kl: `[B, T]`, KL(clean || ablated), in those of `ablated_logps`.
+    """
+
+    logps: Tensor
+    corrupted_logps: Tensor | None
+    ablated_logps: Tensor | None
+    entropy: Tensor
+    corrupted_kl: Tensor | None
+    ablated_kl: Tensor | None
+
 
 @torch.no_grad()
 def score_streams(
@@ -79,7 +105,7 @@ def score_streams(
     cast_lm_head_to_fp32: bool = False,
     padding_counts: bool = False,
     **multimodal_inputs: Any,
-) -> StreamLogps:
+) -> StreamLogps | StreamDivergences:
     """Score the last `logits_to_keep` tokens as they are, with the image corrupted, and with the perception hidden.
 
     Args:
@@ -118,7 +144,8 @@ def score_streams(
             `mm_token_type_ids`, ...), passed through unread but for the split into batches; `num_images`, the number
             of images (or of tiles, where the pixels are tiles) of each sequence, is believed.
 
-    Returns: StreamLogps.
+    Returns: StreamLogps; StreamDivergences, which has `corrupted_kl` and `ablated_kl` too, for a credit that reads
+        divergences (`contrast_kind="kl"`, `METHODS["vppo"].with_kl("full")`).
 
     Sequences with the same prompt and the same pictures share one computation of them a context, and their completions
     continue from its cache, where a first comparison with a plain forward finds no difference beyond rounding (both
@@ -134,7 +161,9 @@ def score_streams(
     Gradient: none.
 
     Memory: a forward without cache of `batch_size` sequences, or their prompts' caches within `cache_bytes`, and what
-        `selected_logps_from_hidden` takes. Nothing of it outlives the call.
+        `selected_logps_from_hidden` takes. A credit that reads divergences keeps the clean hidden states of the
+        completion as well (or the clean logits, of a model whose head alone does not make them). Nothing of it outlives
+        the call.
 
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, RoleParseError.
 
@@ -188,7 +217,7 @@ def score_streams(
     with evaluating(model), precision:
         shared = scorer.shared(whole, corrupted, roles, other, batch_size or max(B, 1), cache_bytes)
         if shared is not None:
-            return StreamLogps(*shared)  # pyright: ignore[reportArgumentType]
+            return _named(shared)
         batches = []
         for first in range(0, B, batch_size or max(B, 1)):
             rows = slice(first, min(first + (batch_size or B), B))
@@ -199,7 +228,7 @@ def score_streams(
             parts = run_in_step(model, batches, lambda batch: scorer.streams(*batch))
         else:
             parts = [scorer.streams(*batch) for batch in batches]
-    return _joined(parts, valid, streams)
+    return _joined(parts, valid, streams, reader.reads_kl)
 
 
 def _check_other(
@@ -226,12 +255,20 @@ def _warn_without_image() -> None:
     warnings.warn(message, stacklevel=4)  # past the cache and no_grad, to the caller
 
 
-def _joined(parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str]) -> StreamLogps:
+def _joined(
+    parts: list[list[Tensor | None]], valid: Tensor, streams: Sequence[str], reads_kl: bool
+) -> StreamLogps | StreamDivergences:  # fmt: skip
     if not parts:
         nothing = torch.zeros(valid.shape, device=valid.device)
-        parts = [[nothing, *(nothing if name in streams else None for name in STREAMS), nothing]]
+        of_streams = [nothing if name in streams else None for name in STREAMS]
+        parts = [[nothing, *of_streams, nothing, *(of_streams if reads_kl else [])]]
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return StreamLogps(*joined)  # pyright: ignore[reportArgumentType]
+    return _named(joined)
+
+
+def _named(columns: list[Tensor | None]) -> Any:
+    kind: Any = StreamLogps if len(columns) == len(StreamLogps._fields) else StreamDivergences
+    return kind(*columns)
 
 
 def _streams_of(call: checks.Call, streams: Any, reader: CreditConfig | Method) -> tuple[str, ...]:

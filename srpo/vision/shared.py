@@ -1,15 +1,35 @@
 """Score the three streams of rollouts that share prompts, on the road of `prefix.py`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srpo.vision.ablation import swap
-from srpo.vision.access import head_logps
 from srpo.vision.inputs import ModelInputs
 from srpo.vision.prefix import Groups, Prefix, aligned_inputs, groups_of, with_positions
+from srpo.vision.rows import Rows
+
+
+class Contrast(NamedTuple):
+    """Log-probs `[B, T]` of the tokens in another context, and its divergences from the clean one; None: not scored."""
+
+    logps: Tensor | None
+    kl: Tensor | None
+
+
+class Scored(NamedTuple):
+    """What was scored of the sequences in one context: `[B, m]` each, and the states `[B, m, H]` if they are kept."""
+
+    logps: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    states: Tensor | None
+
+    def contrast(self, once: Tensor) -> Contrast:
+        """Return what a contrast takes, of sequences that are equal to others too."""
+        return Contrast(self.logps[once], None if self.kl is None else self.kl[once])
 
 
 @dataclass(frozen=True)
@@ -68,22 +88,44 @@ class SharedRoad:
         """Compute the prompts of a context."""
         return Prefix.of(self.model, inputs, self.P, cuts, groups, self.batch_size)
 
-    def score(self, prefix: Prefix, what: Continuation, *, return_entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies `[B, m]` of a continuation, 0 where nothing was wanted."""
-        B, m = len(self.whole.input_ids), what.targets.shape[1]
-        logps = entropy = torch.zeros(B, m, device=what.targets.device)
+    def score(
+        self,
+        prefix: Prefix,
+        what: Continuation,
+        *,
+        is_clean: bool = False,
+        keeps: bool = False,
+        against: Tensor | None = None,
+    ) -> Scored:
+        """Score a continuation; what nothing was wanted of is 0.
+
+        Args:
+            is_clean: score the entropy too.
+            keeps: return the states that predict the tokens.
+            against: those of the clean context, `[B, T, H]`: divergences from them are scored too.
+        """
+        shape, device = (len(self.whole.input_ids), what.targets.shape[1]), what.targets.device
+        logps = entropy = kl = torch.zeros(shape, device=device)
+        kept = None
         every = torch.arange(len(what.rows), device=what.rows.device)
         for chosen in prefix.parts(every, self.batch_size, self.cache_bytes):
             part = what.part(chosen)
             states = prefix.states(part.rows, part.ids, part.mask, part.positions, part.aligned)
             taken = states.gather(1, part.source[..., None].expand(-1, -1, states.shape[-1]))
-            found = head_logps(
-                self.model, taken, part.targets, temperature=self.temperature, mask=part.wanted, return_entropy=True
-            )
-            logps = logps.to(found.logps).index_copy(0, part.rows, found.logps)
-            if return_entropy:
-                entropy = entropy.to(found.entropy).index_copy(0, part.rows, found.entropy)
-        return logps, entropy
+            rows, asked = Rows(self.model, taken, True), (part.targets, part.wanted, self.temperature)
+            if against is not None:
+                divergence, found = rows.against(Rows(self.model, against[part.rows], True), *asked)
+                kl = kl.to(divergence).index_copy(0, part.rows, divergence)
+            elif is_clean:
+                found, its_entropy = rows.score(*asked)
+                entropy = entropy.to(its_entropy).index_copy(0, part.rows, its_entropy)
+            else:
+                found = rows.logps(*asked)
+            logps = logps.to(found).index_copy(0, part.rows, found)
+            if keeps:
+                kept = taken.new_zeros(*shape, taken.shape[-1]) if kept is None else kept
+                kept = kept.index_copy_(0, part.rows, taken)
+        return Scored(logps, entropy, None if against is None else kl, kept)
 
     def as_it_is(self, inputs: ModelInputs, wanted: Tensor) -> Continuation:
         """Continue with the completion as it was sampled, for the rows that have a token to be scored."""

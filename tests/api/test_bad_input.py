@@ -415,7 +415,7 @@ def test_bad_input_of_selected_logps(backend, device):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("contrast_kind", "kl"),
+        ("contrast_kind", "js"),
         ("reasoning_signal", "none"),
         ("baseline", "median"),
         ("direction", "sign"),

@@ -20,12 +20,15 @@ from srpo import (
     role_weighted_grpo_loss_from_hidden,
     selected_logps,
     selected_logps_from_hidden,
+    vocabulary_kl_from_hidden,
 )
 from srpo_kernels import launch
 
 QWEN_VOCABULARIES = (151936, 152064)  # their rows start on 16-element boundaries
 ODD_VOCABULARY = 151665  # Qwen's own tokens: contiguous rows start anywhere, rows cut from 151936 on boundaries
 INTERNVL_VOCABULARY = 92553
+KL = CreditConfig(contrast_kind="kl")
+KL_ONE_PASS = CreditConfig(contrast_kind="kl", reasoning_signal="image_independence")
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,15 @@ def hidden_loss(shape: Shape, **options) -> None:
     ).loss.backward()  # fmt: skip
 
 
+def hidden_kl(shape: Shape) -> None:
+    """Run `vocabulary_kl_from_hidden`."""
+    states, weight = head(shape)
+    vocabulary_kl_from_hidden(
+        states, states.detach(), weight, shape.tokens(torch.int64), mask=shape.tokens(torch.int64, 1),
+        validate_values=False, backend="triton",
+    )  # fmt: skip
+
+
 @contextmanager
 def few_rows() -> Iterator[None]:
     """Make every call split its rows over several programs, as a GPU with idle multiprocessors does."""
@@ -220,6 +232,18 @@ def _cases() -> dict[str, Case]:
         "hidden, whole trajectories": Case(lambda: hidden_loss(bf16), "bf16", (4, 6)),
         "hidden, packed": Case(lambda: hidden_loss(packed), "bf16", (4, 6)),
         "V=7": Case(lambda: loss(Shape(V=7))),
+        "kl": Case(lambda: loss(bf16, "live", credit=KL), "bf16"),
+        "kl, V=152064": Case(lambda: loss(other, "live", credit=KL), "bf16"),
+        "kl, one pass, packed": Case(lambda: loss(packed, "live", credit=KL_ONE_PASS), "bf16"),
+        "kl, few rows": Case(lambda: split(loss, bf16, "live", credit=KL), "bf16"),
+        "kl, over 2 GiB": Case(lambda: loss(large, "live", credit=KL), "bf16"),
+        "kl, fp16": Case(lambda: loss(fp16, "live", credit=KL), "f16"),
+        "kl, fp32": Case(lambda: loss(fp32, "live", credit=KL)),
+        "kl, odd V": Case(lambda: loss(Shape(V=ODD_VOCABULARY), "live", credit=KL)),
+        "kl, odd V of aligned rows": Case(
+            lambda: loss(Shape(V=ODD_VOCABULARY, cut_from=QWEN_VOCABULARIES[0]), "live", credit=KL), "bf16"
+        ),
+        "hidden, kl": Case(lambda: hidden_kl(bf16), "f32", (4, 6)),
         "one kernel": Case(lambda: together(loss, bf16, "weights"), "bf16"),
         "one kernel, precomputed, V=152064": Case(lambda: together(loss, other, vectors=("old_logps",)), "bf16"),
         "one kernel, beta, old, is-ratio": Case(

@@ -10,10 +10,11 @@ REGISTERS_PER_SM = 65536
 # Of kernels that stream aligned rows. A program of 4 warps has a block of 8 KiB on its way, and an SM needs about 23.
 LEAST_OCCUPANCY = 0.3
 LEAST_OCCUPANCY_WITH_EDGE = 0.25
+LEAST_OCCUPANCY_OF_PAIRS = 0.125  # a program has a block of both rows on its way, and the next ones: 32 KiB an SM
 LEAST_OCCUPANCY_OF_16_WARPS = 0.25  # one program an SM: it has 32 KiB on its way, and its row stays in the L2 cache
 STREAMING = {
     "_row_statistics_fwd_kernel", "_row_chunks_fwd_kernel", "_logits_gradient_bwd_kernel", "_row_training_fwd_kernel",
-    "_scale_gradient_bwd_kernel",
+    "_scale_gradient_bwd_kernel", "_row_pairs_fwd_kernel", "_row_pair_chunks_fwd_kernel",
 }  # fmt: skip
 
 # Arrays of a few numbers a row: the grid, an int32, bounds their size. Everything else is addressed in int64.
@@ -68,6 +69,8 @@ def _width_rules(launch: Launch, code: MachineCode, element: str) -> list[str]:
     least = LEAST_OCCUPANCY_WITH_EDGE if launch.flags.get("HAS_EDGE") else LEAST_OCCUPANCY
     if launch.kernel == "_row_training_fwd_kernel":
         least = LEAST_OCCUPANCY_OF_16_WARPS
+    if "pair" in launch.kernel:
+        least = LEAST_OCCUPANCY_OF_PAIRS
     if launch.kernel in STREAMING and code.occupancy < least:
         broken.append(f"occupancy: {code.occupancy}, {code.registers} registers")
     for what, size in streamed.items():

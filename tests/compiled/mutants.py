@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import srpo_kernels
 
-KERNEL_FILES = ("row_statistics", "token_credit", "policy_loss", "row_training")
+KERNEL_FILES = ("row_statistics", "row_pairs", "token_credit", "policy_loss", "row_training")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from srpo import (
     IncompatibleVersionError,
     PatchMask,
     RoleGrammar,
+    role_contrast,
+    token_weights,
 )
 from srpo.integrations import trl_config
 from srpo.integrations.trl import TESTED, SRPOConfig, SRPOTrainer, check_trl
@@ -132,6 +134,22 @@ class TestAdvantages:
         read = METHODS[credit].rows("corrupted", roles, before["completion_mask"])
         assert torch.equal(~is_not_scored(streams.corrupted_logps), read)
         assert (streams.corrupted_logps != streams.logps)[read].float().mean() > 0.5
+
+    def test_divergences_over_the_vocabulary(self, tmp_path):
+        credit = CreditConfig(contrast_kind="kl")
+        trainer = trained(Watched, tmp_path, credit={"contrast_kind": "kl"}, max_steps=1)
+        streams, before = trainer.streams, trainer.before
+        assert (streams.corrupted_kl.nan_to_num(0.0) >= 0).all()
+        roles = role_ids_from_completions(
+            before["completion_ids"], trainer.processing_class.tokenizer, completion_mask=before["completion_mask"]
+        ).role_ids
+        contrast = role_contrast(
+            streams.logps, corrupted_kl=streams.corrupted_kl, ablated_kl=streams.ablated_kl, role_ids=roles,
+            completion_mask=before["completion_mask"], credit=credit,
+        )  # fmt: skip
+        weights = token_weights(contrast, roles, before["completion_mask"], credit=credit)
+        torch.testing.assert_close(trainer.after["advantages"], before["advantages"][:, None] * weights)
+        assert column(trainer, "srpo/infinite_divergences") == [0.0]
 
     def test_strength_falls_with_the_steps(self, tmp_path):
         trainer = trained(Watched, tmp_path, credit_anneal_steps=2, max_steps=3)

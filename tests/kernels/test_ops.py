@@ -33,14 +33,25 @@ def row_mask(streams):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_opcheck_row_statistics(backend, entropy):
     logits, ids = logits_and_ids()
-    arguments = (logits.requires_grad_(), logits.detach() + 1, None, ids, row_mask(2), 0.9, entropy, False, backend)
+    arguments = (
+        logits.requires_grad_(),
+        logits.detach() + 1,
+        None,
+        ids,
+        row_mask(2),
+        0.9,
+        entropy,
+        False,
+        False,
+        backend,
+    )
     opcheck(torch.ops.srpo.row_statistics.default, arguments)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_opcheck_logits_gradient(backend, entropy):
     logits, ids = logits_and_ids()
-    _, row_max, log_sum, h = ops.row_statistics(logits, ids, row_mask(1), return_entropy=True, backend=backend)
+    _, row_max, log_sum, h, _ = ops.row_statistics(logits, ids, row_mask(1), return_entropy=True, backend=backend)
     grad = torch.ones(2, 3)
     arguments = (ids, row_max[0], log_sum[0], h if entropy else None, grad, grad if entropy else None, 0.9, backend)
     opcheck(torch.ops.srpo.logits_gradient.default, (logits, *arguments))

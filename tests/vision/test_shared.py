@@ -8,7 +8,7 @@ import pytest
 import tiny_vlms
 import torch
 import transformers
-from rollouts import Rollout, T, build_text, make_rollout, processed, same_bits, text_rollout
+from rollouts import Rollout, T, build_text, make_rollout, repeated, same_bits, text_rollout
 from torch import nn
 
 from srpo import Blank, ShuffleImages, perception_tokens
@@ -28,29 +28,6 @@ def nothing_is_proven(monkeypatch):
 def group(request) -> Rollout:
     """Prompts with two, no and one picture, three, two and three times; the rollouts of each differ."""
     return repeated(make_rollout(request.param, tiny_vlms.build(request.param)), (0, 0, 1, 2, 0, 2, 1, 2))
-
-
-def repeated(one: Rollout, index: tuple[int, ...]) -> Rollout:
-    """Repeat the prompts of a rollout in an order, each time with a completion of its own."""
-    texts, pictures = ([x[i] for i in index] if x else [] for x in (one.texts, one.pictures))
-    made = replace(one, texts=tuple(texts), pictures=tuple(pictures))
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(20, 50, (len(index), T), generator=generator)
-    lengths = torch.randint(4, T + 1, (len(index),), generator=generator)
-    mask = (torch.arange(T) < lengths[:, None]).long()
-    roles = torch.randint(0, 3, (len(index), T), generator=generator)
-    roles[1] = 2  # no perception
-    inputs = dict(one.inputs)
-    if one.pictures:
-        inputs = processed(one.family, one.processor, texts, pictures)
-        prompt, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, T))
-    else:
-        prompt, prompt_mask = (x[list(index), :-T] for x in (one.ids, one.mask))
-    return replace(
-        made, ids=torch.cat([prompt, ids * mask], 1), mask=torch.cat([prompt_mask, mask], 1), roles=roles, inputs=inputs
-    )
 
 
 def on_whole_sequences(rollout: Rollout, **arguments: Any) -> Any:

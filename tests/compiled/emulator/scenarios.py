@@ -95,7 +95,10 @@ def loss(
     logps = score(exact) if entry == "logits" else exact
     weights = t["mask"].double()
     if streams:
-        contrasts = [x.double() if mode == "given" else score(x.double()) for x in streams.values()]
+        against = [x.double() for x in streams.values()]
+        contrasts = against if mode == "given" else [score(x) for x in against]
+        if credit.reads_kl:
+            contrasts = [oracles.kl(exact.detach(), x, config.temperature)[:, : batch.T] for x in against]
         contrast = oracles.contrast(given.get("old_logps", logps.detach()), *contrasts, t["roles"], t["mask"], credit)
         weights = oracles.weights(contrast, t["roles"], t["mask"], credit, t["advantages"])
     truth = oracles.loss(logps, t["advantages"], t["mask"], config, weights=weights, **given)
@@ -208,6 +211,7 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
                 batch = Batch(B=3, T=4, V=V, dtype=dtype, layout=layout, banned=True, seed=1)
                 found[f"log-probs {name} V={V} {layout}"] = functools.partial(log_probs, batch)
     low = Batch(B=1, T=3, V=17003, offset=-400.0)
+    kl_one_pass = CreditConfig(contrast_kind="kl", reasoning_signal="image_independence")
     batch, rows, wide = Batch(B=3, T=7), Batch(B=3, T=7, layout="rows"), Batch(B=3, T=4, V=4104, banned=True)
     one_pass = CreditConfig(reasoning_signal="image_independence", tau=0.3)
     everything = functools.partial(loss, use=tuple(VECTORS), beta=0.04, delta=1.5, temperature=1.3)
@@ -226,6 +230,14 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "loss in place": (functools.partial(loss, inplace=True), batch),
         "loss in place, an edge": (functools.partial(loss, inplace=True), Batch(B=3, T=4, V=1003)),
         "loss live one pass": (functools.partial(loss, credit=one_pass), batch, "live"),
+        "loss live kl": (functools.partial(loss, credit=CreditConfig(contrast_kind="kl")), batch, "live"),
+        "loss live kl, an edge": (
+            functools.partial(loss, credit=CreditConfig(contrast_kind="kl"), temperature=0.8),
+            Batch(B=2, T=3, V=4107, layout="padded rows"), "live",
+        ),
+        "loss live kl, split rows": (
+            functools.partial(split_rows, credit=kl_one_pass), loss, Batch(B=1, T=3, V=17003, layout="rows"), "live",
+        ),
         "loss plain on-policy": (functools.partial(loss, use=()), Batch(B=3, T=7, V=1003), "none"),
         "loss with everything": (everything, batch),
         "one kernel": (one_kernel, loss, Batch(B=3, T=4, V=1008)),

@@ -89,3 +89,12 @@ def test_pairs_of_short_integers_wrap_apart():
     a, b = np.array([0x0001FFFF, 0x7FFF0003], np.uint32), np.array([0x00010001, 0x00010004], np.uint32)
     assert add(a, b).tolist() == [0x00020000, 0x80000007]
     assert add(a, b[:1]).tolist() == [0x00020000, 0x80000004]
+
+
+def test_halves_of_the_other_kind_are_compared_as_numbers():
+    x = torch.tensor([1.0, -torch.inf, torch.nan, -0.0], dtype=torch.bfloat16)
+    y = torch.tensor([1.0, -1.0, torch.nan, 0.0], dtype=torch.bfloat16)
+    bits = [z.view(torch.int16).numpy().view(np.uint16) for z in (x, y)]
+    for name in ("eq", "lt"):
+        got = arithmetic.operation("setp", [name, "bf16"], 0).function(*bits)
+        assert got.tolist() == getattr(torch, name)(x, y).tolist()
