@@ -451,7 +451,9 @@ def logits_gradient_bwd(
     if not logits.numel():
         return
     block, warps = launch.gradient_block(V)
-    n_blocks, vector = triton.cdiv(V, block), 16 // min(logits.element_size(), out.element_size())
+    vector = 16 // min(logits.element_size(), out.element_size())
+    warps = warps * 8 // vector  # of fp32 alone a thread has half the columns: 32 spill
+    n_blocks = triton.cdiv(V, block)
     unused = grad_logps
     _logits_gradient_bwd_kernel[(B * L * n_blocks,)](
         out, logits, ids, row_max, log_sum,

@@ -257,7 +257,7 @@ def _cases() -> dict[str, Case]:
         ),
         "one kernel, packed": Case(lambda: together(loss, packed, "weights"), "bf16"),
         "one kernel, over 2 GiB": Case(lambda: together(loss, large, "weights"), "bf16"),
-        "one kernel, fp32": Case(lambda: together(loss, fp32, "weights"), "f32"),
+        "one kernel, fp32": Case(lambda: together(loss, fp32, "weights")),
         "one kernel, odd V of aligned rows": Case(
             lambda: together(loss, Shape(V=ODD_VOCABULARY, cut_from=QWEN_VOCABULARIES[0]), "weights"), "bf16"
         ),

@@ -26,8 +26,17 @@ class Mutant:
 
 
 STATISTICS, GRADIENT, CREDIT, LOSS, SPLIT, MERGE, TRAINING, SCALE = (
-    "_row_statistics_fwd_kernel", "_logits_gradient_bwd_kernel", "_token_credit_fwd_kernel", "_policy_loss_fwd_kernel",
-    "_row_chunks_fwd_kernel", "_merge_chunks_fwd_kernel", "_row_training_fwd_kernel", "_scale_gradient_bwd_kernel",
+    "_row_statistics_fwd_kernel",
+    "_logits_gradient_bwd_kernel",
+    "_token_credit_fwd_kernel",
+    "_policy_loss_fwd_kernel",
+    "_row_chunks_fwd_kernel",
+    "_merge_chunks_fwd_kernel",
+    "_row_training_fwd_kernel",
+    "_scale_gradient_bwd_kernel",
+)
+PAIRS, PAIR_SPLIT, PAIR_MERGE = (
+    "_row_pairs_fwd_kernel", "_row_pair_chunks_fwd_kernel", "_merge_pair_chunks_fwd_kernel",
 )  # fmt: skip
 
 _SWEEP = 'has half."""\n    return _block(vocabulary, 4096)'
@@ -92,8 +101,14 @@ COMPILED = {
         "row_statistics", (('"grad_entropy_ptr"],', '"out_ptr"],'),), (f"{GRADIENT}: narrow stores",)
     ),
     "training rows in int32": Mutant(
-        "row_statistics",
-        ((".to(tl.int64)", ""),),
+        "row_training",
+        (
+            (": tl.int64", ""),
+            ("row_pointer(logits_ptr, b, t, stride_b, stride_t)", "logits_ptr + b * stride_b + t * stride_t"),
+            ("row_pointer(gradient_ptr, b, t, stride_b, stride_t)", "gradient_ptr + b * stride_b + t * stride_t"),
+            ("row_pointer(out_ptr, b, t, stride_b, stride_t)", "out_ptr + b * stride_b + t * stride_t"),
+            ("row_pointer(out_ptr, b, t, out_stride_b, out_stride_t)", "out_ptr + b * out_stride_b + t * out_stride_t"),
+        ),
         (
             *(f"{TRAINING}: int32 address: {name}_ptr" for name in ("logits", "out")),
             *(f"{SCALE}: int32 address: {name}_ptr" for name in ("gradient", "out")),
@@ -104,19 +119,43 @@ COMPILED = {
         "row_training", (("values = x.to(tl.float32)", "values = x"),), ("does not compile",), ("one kernel",)
     ),
     "training block spills": Mutant(
-        "launch", (("CHUNKS_ABREAST = 4", "CHUNKS_ABREAST = 8"),), ("does not compile",), ("one kernel",)
+        "launch", (("CHUNKS_ABREAST = 4", "CHUNKS_ABREAST = 8"),), (f"{TRAINING}: stack", f"{TRAINING}: spills"),
+        ("one kernel",),
     ),
     "written back at any column": Mutant(
         "row_training", (("tl.multiple_of(last - read, BLOCK_V)", "last - read"),),
         (f"{TRAINING}: narrow loads", f"{TRAINING}: narrow stores"), ("one kernel",),
     ),
-    "chunks abreast out of order": Mutant(
-        "row_training", (("lane % LANES * VECTOR + place % VECTOR", "lane % LANES * VECTOR + (place % VECTOR ^ 1)"),),
-        (f"{TRAINING}: narrow loads",), ("one kernel",),
-    ),
     "scaled at any column": Mutant(
         "row_training", (("tl.store(out_row_ptr + cols, x", "tl.store(out_row_ptr + cols + 1, x"),),
         (f"{SCALE}: narrow stores",), ("one kernel",),
+    ),
+    "pairs in int32": Mutant(
+        "row_pairs",
+        (
+            (": tl.int64", ""),
+            (".to(tl.int64)", ""),
+            (
+                "row_pointer(logits_ptr, row // T, row % T, stride_b, stride_t)",
+                "logits_ptr + row // T * stride_b + row % T * stride_t",
+            ),
+            (
+                "row_pointer(against_ptr, row // T, row % T, against_stride_b, against_stride_t)",
+                "against_ptr + row // T * against_stride_b + row % T * against_stride_t",
+            ),
+        ),
+        (
+            *(f"{kernel}: int32 address: {x}_ptr" for kernel in (PAIRS, PAIR_SPLIT) for x in ("logits", "against")),
+            *(f"{kernel}: int32 address: partials_ptr" for kernel in (PAIR_SPLIT, PAIR_MERGE)),
+        ),
+        ("kl", "kl, few rows"),
+    ),
+    "pairs stay bf16": Mutant(
+        "row_pairs", (("x, y = x.to(tl.float32), y.to(tl.float32)", "x, y = x, y"),), ("does not compile",), ("kl",)
+    ),
+    "misaligned contrast": Mutant(
+        "row_pairs", (("load_block(against_ptr, start + BLOCK_V", "load_block(against_ptr + 1, start + BLOCK_V"),),
+        (f"{PAIRS}: narrow loads", f"{PAIR_SPLIT}: narrow loads"), ("kl", "kl, few rows"),
     ),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_every_kernel_has_a_case(survey):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_an_element_of_logits_is_moved_once(survey, target):
-    """Forward reads an element and takes one exponential, backward writes it too; a row's scalars add less than 1."""
+    """Forward reads an element and takes one exponential, backward writes it too; a thread loads 8 scalars at most."""
     for row in rows_of(survey, target=target):
         path = row["hot_path"]
         if CASES[row["case"]].streams and row["kernel"] in (
@@ -86,7 +86,8 @@ def test_an_element_of_logits_is_moved_once(survey, target):
             "_logits_gradient_bwd_kernel",
         ):
             due = CASES[row["case"]].bytes_moved["gradient" in row["kernel"]]
-            assert due <= path["bytes_per_element"] <= due + 1
+            columns = row["flags"]["BLOCK_V"] / row["threads"]
+            assert due <= path["bytes_per_element"] <= due + 32 / columns
             assert 1 <= path["exp2_per_element"] <= 1.1
 
 

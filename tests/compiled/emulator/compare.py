@@ -24,7 +24,7 @@ from compiled.emulator.scenarios import Result, scenarios
 from tolerances import FLOORS
 from torch import Tensor
 
-QUANTITIES = ("logps", "entropy", "weights", "loss", "gradient", "metric")
+QUANTITIES = ("logps", "entropy", "kl", "weights", "loss", "gradient", "metric")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,31 @@ from compiled.emulator.batches import Batch
 from compiled.emulator.compare import fraction_of_floor, run
 from compiled.emulator.machine import Options
 from compiled.emulator.memory import KernelError
-from compiled.emulator.scenarios import Result, far_rows, far_tokens, log_probs, loss, one_kernel, split_rows
-from compiled.mutants import CREDIT, GRADIENT, LOSS, MERGE, SCALE, SPLIT, STATISTICS, TRAINING, Mutant
+from compiled.emulator.scenarios import (
+    Result,
+    far_pairs,
+    far_rows,
+    far_tokens,
+    log_probs,
+    loss,
+    one_kernel,
+    pairs,
+    split_rows,
+)
+from compiled.mutants import (
+    CREDIT,
+    GRADIENT,
+    LOSS,
+    MERGE,
+    PAIR_MERGE,
+    PAIR_SPLIT,
+    PAIRS,
+    SCALE,
+    SPLIT,
+    STATISTICS,
+    TRAINING,
+    Mutant,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +70,16 @@ _SPLIT_ODD = functools.partial(split_rows, log_probs, Batch(B=1, T=3, V=17003, l
 _SPLIT_FAR = functools.partial(split_rows, far_rows, 17008)
 _LOW = functools.partial(log_probs, Batch(B=1, T=3, V=17003, layout="rows", offset=-400.0))
 _EXTRA = functools.partial(log_probs, Batch(B=1, T=3, V=130))
-_TRAINED = functools.partial(one_kernel, loss, Batch(B=1, T=2, V=34003, layout="padded rows"), "none")
+_TRAINED = functools.partial(one_kernel, loss, Batch(B=1, T=3, V=34003, layout="padded rows", seed=1), "none")
 _TRAINED_EXTRA = functools.partial(one_kernel, loss, Batch(B=1, T=3, V=144), "none")
 _SCALED = functools.partial(_TRAINED, upstream=0.25)
+_SCALED_EDGE = functools.partial(
+    one_kernel, loss, Batch(B=1, T=3, V=1003, layout="padded rows", seed=1), "none", upstream=0.25
+)
+_PAIRED = functools.partial(pairs, Batch(B=1, T=2, V=9003, layout="padded rows", seed=1))
+_PAIRED_CHUNKS = functools.partial(pairs, Batch(B=1, T=2, V=17003, layout="padded rows", seed=1))
+_PAIRED_BANNED = functools.partial(pairs, Batch(B=1, T=3, V=1000, banned=True))
+_PAIRED_SPLIT = functools.partial(split_rows, pairs, Batch(B=1, T=2, V=17003, layout="padded rows", seed=1))
 _TOKENS = functools.partial(loss, Batch(B=2, T=5, V=2, layout="rows"), entry="logps")
 _BARRIER = (r"bar\.sync[ \t]+0;", "")
 _ROW_MASK, _CREDIT_MASK, _LOSS_MASK, _FAR = (
@@ -139,7 +169,7 @@ FAULTS: dict[tuple[str, str], Fault] = {
         functools.partial(one_kernel, far_rows, dtype=torch.bfloat16, inplace=False), "out of bounds",
     ),
     (TRAINING, "mask one too far"): Fault(
-        _source("row_statistics", "values, mask=cols < V)", "values, mask=cols <= V)"), _TRAINED, "wrong"
+        _source("row_statistics", "values, mask=cols < V)", "values, mask=cols <= V)"), _TRAINED, "out of bounds"
     ),
     (TRAINING, "chunks in another place"): Fault(
         _source("row_training", "lane // LANES * CHUNK_V", "lane // LANES % 2 * CHUNK_V"), _TRAINED, "wrong"
@@ -159,13 +189,48 @@ FAULTS: dict[tuple[str, str], Fault] = {
         _source("row_training", "slope * tl.load(scale_ptr + cell).to(tl.float32)", "slope"), _TRAINED, "wrong"
     ),
     (SCALE, "the edge keeps its scale"): Fault(
-        _source("row_training", "edge * factor", "edge"), _SCALED, "wrong"
+        _source("row_training", "edge * factor", "edge"), _SCALED_EDGE, "wrong"
     ),
     (SCALE, "no barrier before an edge is overwritten"): Fault(
         _source("row_training", "tl.debug_barrier()", "pass"), _SCALED, "race"
     ),
     (SCALE, "no factor is applied"): Fault(
         _source("row_training", "factor == 1.0:", "factor != 0.0:"), _SCALED, "wrong"
+    ),
+    (PAIRS, "a barrier less"): Fault(_BARRIER, _PAIRED, "race"),
+    (PAIRS, "rows in int32"): Fault(
+        Mutant(
+            "row_pairs",
+            (
+                ("against_stride_t: tl.int64", "against_stride_t"),
+                (
+                    "row_pointer(against_ptr, row // T, row % T, against_stride_b, against_stride_t)",
+                    "against_ptr + row % T * against_stride_t",
+                ),
+            ),
+            (),
+        ),
+        far_pairs, "out of bounds",
+    ),
+    (PAIRS, "the contrast keeps its first maximum"): Fault(
+        _source("device", "tl.fma(tl.fma(lane_sum, shift, lane_cross), factor, block_cross)",
+                "tl.fma(lane_cross, factor, block_cross)"),
+        _PAIRED, "wrong",
+    ),
+    (PAIRS, "chunks keep their maximum"): Fault(
+        _source("device", "tl.fma(tl.fma(sum_a, shift_a, cross_a), factor_a,", "tl.fma(cross_a, factor_a,"),
+        _PAIRED_CHUNKS, "wrong",
+    ),
+    (PAIRS, "the edge against itself"): Fault(
+        _source("row_pairs", "edge_cross(edge, against_edge,", "edge_cross(edge, edge,"), _PAIRED, "wrong"
+    ),
+    (PAIRS, "a banned token is not seen"): Fault(
+        _source("device", "banned > NEG_INF", "banned != banned"), _PAIRED_BANNED, "wrong"
+    ),
+    (PAIR_SPLIT, "mask one too far"): Fault(_ROW_MASK, _PAIRED_SPLIT, "out of bounds"),
+    (PAIR_MERGE, "a chunk too many"): Fault(
+        _source("row_pairs", "for chunk in range(0, n_chunks)", "for chunk in range(0, n_chunks + 1)"),
+        _PAIRED_SPLIT, "out of bounds",
     ),
     (CREDIT, "a barrier less"): Fault(_BARRIER, _TOKENS, "race"),
     (CREDIT, "mask one too far"): Fault(_CREDIT_MASK, _TOKENS, "out of bounds"),

@@ -22,6 +22,7 @@ from srpo import (
     role_weighted_grpo_loss_from_hidden,
     role_weighted_grpo_loss_from_logps,
     selected_logps,
+    vocabulary_kl,
 )
 from srpo_kernels import backends, reference, rules
 
@@ -150,6 +151,29 @@ def far_rows(V: int = 1000, dtype: torch.dtype = torch.float16, inplace: bool = 
     return {"logps": (out.logps, truth.logps, torch.float32), "gradient": (*gradients, dtype)}
 
 
+def pairs(batch: Batch, temperature: float = 1.0) -> Result:
+    """Run `vocabulary_kl`."""
+    t = batch.tensors
+    got = vocabulary_kl(t["logits"], t["noisy"], t["ids"], mask=t["mask"], temperature=temperature, **CHECKED)
+    exact = oracles.kl(t["logits"].double(), t["noisy"].double(), temperature)[:, : batch.T]
+    logps = oracles.log_probs(t["noisy"].double(), t["ids"].clamp(min=0), t["mask"], temperature)
+    return {
+        "kl": (got.kl, torch.where(t["mask"], exact, 0.0), torch.float32),
+        "logps": (got.logps, logps, torch.float32),
+    }
+
+
+def far_pairs(V: int = 1000) -> Result:
+    """Contrast two rows that lie far apart: the stride is an int32, the offset of the last row is none."""
+    stride = 2**30 + 16
+    torch.use_deterministic_algorithms(False)  # virtual memory: nothing may fill it
+    far = torch.empty(2 * stride + V, dtype=torch.float16).as_strided((1, 3, V), (0, stride, 1))
+    against = far.copy_(torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0)))
+    logits = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(1)).half()
+    got = vocabulary_kl(logits, against, torch.zeros(1, 3, dtype=torch.long), **CHECKED)
+    return {"kl": (got.kl, oracles.kl(logits.double(), against.double()), torch.float32)}
+
+
 def far_tokens() -> Result:
     """Weigh a packed trajectory whose first token is number 2^31: its vectors are cut from one huge one."""
     torch.use_deterministic_algorithms(False)
@@ -233,17 +257,21 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "loss live kl": (functools.partial(loss, credit=CreditConfig(contrast_kind="kl")), batch, "live"),
         "loss live kl, an edge": (
             functools.partial(loss, credit=CreditConfig(contrast_kind="kl"), temperature=0.8),
-            Batch(B=2, T=3, V=4107, layout="padded rows"), "live",
+            Batch(B=2, T=5, V=4107, layout="padded rows"), "live",
         ),
         "loss live kl, split rows": (
-            functools.partial(split_rows, credit=kl_one_pass), loss, Batch(B=1, T=3, V=17003, layout="rows"), "live",
+            functools.partial(split_rows, credit=kl_one_pass), loss,
+            Batch(B=1, T=3, V=17003, layout="rows", seed=1), "live",
         ),
+        "vocabulary kl": (pairs, Batch(B=2, T=4, V=4107, layout="padded rows", seed=1), 0.8),
+        "vocabulary kl, banned, fp32": (pairs, Batch(B=2, T=3, V=1003, dtype=torch.float32, banned=True)),
+        "pairs 2^30 elements apart": (far_pairs,),
         "loss plain on-policy": (functools.partial(loss, use=()), Batch(B=3, T=7, V=1003), "none"),
         "loss with everything": (everything, batch),
         "one kernel": (one_kernel, loss, Batch(B=3, T=4, V=1008)),
         "one kernel with everything": (one_kernel, everything, Batch(V=4107, layout="padded rows")),
         "one kernel, four chunks abreast": (
-            one_kernel, loss, Batch(B=1, T=2, V=50003, layout="padded rows"), "none",
+            one_kernel, loss, Batch(B=1, T=3, V=50003, layout="padded rows", seed=1), "none",
         ),
         "one kernel fp32 scaled": (
             functools.partial(one_kernel, upstream=0.37), loss,
