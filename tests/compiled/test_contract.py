@@ -21,13 +21,19 @@ from srpo import role_weighted_grpo_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Two processes for two cores; the first target of each also counts variants or compiles the mutants.
-PROCESSES = (["sm_90", "gfx942", "--mutants"], ["sm_100", "sm_80", "--runs"])
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROCESSES = (["sm_90", "--mutants"], ["gfx942", "--runs"])
+SLOW_PROCESSES = (["sm_100"], ["sm_80"])
+TARGETS = ("sm_90", "gfx942", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sm_80", "sm_100")))
 
 
 @pytest.fixture(scope="session")
-def survey(tmp_path_factory):
-    """All rows, variants and mutants. The compile cache is new, so nothing comes from an older compiler."""
+def survey(request, tmp_path_factory):
+    """All rows, variants and mutants; for the targets of slow tests too where such a test runs.
+
+    The compile cache is new, so nothing comes from an older compiler.
+    """
+    wanted = {item.callspec.params.get("target") for item in request.session.items if hasattr(item, "callspec")}
+    processes = [*PROCESSES, *(x for x in SLOW_PROCESSES if x[0] in wanted)]
     cache = tmp_path_factory.mktemp("triton_cache")
     environment = {name: None for name in os.environ if name.startswith("TRITON_")} | {"TRITON_CACHE_DIR": str(cache)}
 
@@ -36,9 +42,10 @@ def survey(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    with ThreadPoolExecutor() as pool:
-        first, second = pool.map(run, PROCESSES)
-    return {**first, **second} | {key: first[key] + second[key] for key in ("rows", "failures")}
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(run, processes))
+    joined = {key: [x for part in parts for x in part[key]] for key in ("rows", "failures")}
+    return {key: x for part in parts for key, x in part.items()} | joined
 
 
 def rows_of(survey, **wanted):
@@ -51,11 +58,15 @@ NOT_BY_TRITON_3_6 = {(case, "gfx942") for case in ("live", "live V=152064", "one
 
 def marked(case, target):
     broken = (case, target) in NOT_BY_TRITON_3_6 and triton.__version__.startswith("3.6.")
-    marks = pytest.mark.xfail(reason="triton 3.6 cannot compile it for AMD") if broken else ()
+    marks = [pytest.mark.xfail(reason="triton 3.6 cannot compile it for AMD")] if broken else []
+    marks += [pytest.mark.slow] if target in ("sm_80", "sm_100") else []
     return pytest.param(case, target, marks=marks, id=f"{case}-{target}")
 
 
-@pytest.mark.parametrize(("case", "target"), [marked(case, target) for case in CASES for target in TARGETS])
+EVERY_TARGET = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.mark.parametrize(("case", "target"), [marked(case, target) for case in CASES for target in EVERY_TARGET])
 def test_machine_code_keeps_the_contract(survey, case, target):
     assert not [f["error"] for f in survey["failures"] if (f["case"], f["target"]) == (case, target)]
     rows = rows_of(survey, case=case, target=target)
@@ -72,11 +83,11 @@ def test_every_kernel_has_a_case(survey):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 written.add(node.name)
-    for target in TARGETS:
+    for target in {row["target"] for row in survey["rows"]}:
         assert {row["kernel"] for row in rows_of(survey, target=target)} == written
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", [x for x in TARGETS if x != "gfx942"])
 def test_an_element_of_logits_is_moved_once(survey, target):
     """Forward reads an element and takes one exponential, backward writes it too; a thread loads 8 scalars at most."""
     for row in rows_of(survey, target=target):
