@@ -284,6 +284,30 @@ def normaliser(call: Call, num_items_in_batch: Any) -> None:
         call.fail(ConfigError, "num_items_in_batch", describe(x), expected, fix)
 
 
+def token_loss_of(call: Call, loss: LossConfig, token_loss: Any) -> None:
+    """Check a loss of the caller's own: None, or a function, with a `loss_type` that is a reduction."""
+    if token_loss is None:
+        return
+    if not callable(token_loss):
+        fix = "pass lambda logps: -torch.exp(logps - old_logps) * advantages[:, None]"
+        call.fail(ConfigError, "token_loss", describe(token_loss), "a function of logps, or None", fix)
+    if loss.rule_kind != "clip":
+        got, fix = f"a loss of your own with loss_type={loss.loss_type!r}", "use loss_type='dapo' or 'grpo'"
+        call.fail(ConfigError, "token_loss", got, "a loss_type that is a reduction alone", fix)
+
+
+def token_losses(call: Call, losses: Any, logps: Tensor, mask: Tensor) -> Tensor:
+    """Check what a `token_loss` returned for `logps`."""
+    name = "what token_loss returns"
+    shape = tuple(logps.shape)
+    call.tensor(name, losses, [shape], "the shape of logps", "float")
+    if logps.requires_grad and not losses.requires_grad:
+        fix = "compute it from the logps that it is called with"
+        call.fail(ConfigError, name, "a tensor without a graph", "losses that depend on logps", fix)
+    call.finite(name, losses.detach(), mask)
+    return losses
+
+
 def credit_config(call: Call, credit: Any) -> None:
     """Check the type of `credit`."""
     if not isinstance(credit, CreditConfig):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srpo.errors import ConfigError, ConfigWarning, Table, check_fields, checked_fields, refuse, require
 from srpo.streams import STREAMS
-from srpo_kernels.rules import CreditRule, LossRule
+from srpo_kernels.rules import CreditRule, LossRule, kind_of
 
 # Beyond these bounds sign-dependent weights drift: method notes in the README, "Choosing bounds".
 _TIGHT_BOUNDS = (0.8, 1.2)
@@ -150,7 +150,9 @@ class LossConfig(_Ruled):
     """Hold the settings of the clipped policy loss. Names and defaults are those of TRL's `GRPOConfig`.
 
     Args:
-        loss_type: reduction (`"dapo"`, `"grpo"`, `"bnpo"`, `"dr_grpo"`) or `"cispo"`.
+        loss_type: reduction of the clipped loss (`"dapo"`, `"grpo"`, `"bnpo"`, `"dr_grpo"`, or `"luspo"`, the sum over
+            a sequence and then the mean), or another loss: `"cispo"` and `"vespo"`, reduced as `"dapo"`, and `"sapo"`,
+            reduced as `"grpo"`.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range; for `"cispo"` the upper bound of the ratio itself (5.0 in TRL's notes).
         delta: upper bound of the unclipped ratio (two-sided clipping, TRL's); None switches it off. From
@@ -160,6 +162,17 @@ class LossConfig(_Ruled):
         importance_sampling_level: `"token"` or `"sequence_token"` (GSPO-token).
         temperature: sampling temperature; logits are divided by it. Log-probs that are passed in already carry it.
         max_completion_length: the constant length of `"dr_grpo"`, in tokens.
+        sapo_temperature_pos, sapo_temperature_neg: sharpness of the gate of `"sapo"` for positive advantages, and for
+            others.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape and rate of the gamma weight of `"vespo"`,
+            for advantages of at least 0, and for negative ones.
+        use_bias_correction_kl: multiply the KL term by the ratio to the old policy, with its gradient.
+        off_policy_mask_threshold: drop the policy term of sequences with a negative advantage whose mean of
+            `old_logps` - log-probs exceeds this many nats; None keeps all.
+        top_entropy_quantile: the share of the valid tokens of this call, those of the highest entropy, whose policy
+            term counts; below 1 the loss needs logits or hidden states (from those a second product of each row, 8NVH).
+        entropy_coef: subtract this many times the mean entropy over the valid tokens of this call (of those that
+            `top_entropy_quantile` leaves). TRL divides it by the accumulation steps; here the caller does.
 
     Raises:
         ConfigError: a value is outside its range, or `importance_sampling_level="sequence"`, under which token
@@ -169,8 +182,15 @@ class LossConfig(_Ruled):
     (verl leaves it out), and log-ratios are capped at 60, where a ratio carries no information any more (verl caps
     them at 20, those of a sequence at 10).
 
+    A token weight multiplies the policy term of its token in every loss, so it changes magnitudes and no sign: in
+    `"sapo"` the gate, in `"cispo"` and `"vespo"` the log-prob's coefficient. It touches neither the KL term, nor the
+    entropy, nor what a loss takes from a whole sequence: VESPO's weight, the ratio of `"sequence_token"`, the masks.
+    TRL's `importance_sampling_level="sequence"` is `"sequence_token"` here: without weights value and gradient agree,
+    for `"grpo"` and for `"luspo"`; under a pure sequence ratio weights would cancel.
+
     Source: TRL `GRPOTrainer`; DAPO arXiv 2503.14476; Dr. GRPO arXiv 2503.20783; CISPO arXiv 2506.13585;
-        GSPO arXiv 2507.18071.
+        GSPO arXiv 2507.18071; SAPO arXiv 2511.20347; LUSPO and VESPO as TRL names and computes them; the off-policy
+        mask of DeepSeek-V3.2; top-entropy tokens arXiv 2506.01939.
     """
 
     OTHER_NAMES: ClassVar[dict[str, str]] = {
@@ -181,7 +201,7 @@ class LossConfig(_Ruled):
         "kl_coef": "beta",
     }
 
-    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] = "dapo"
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float | None = None
@@ -189,6 +209,21 @@ class LossConfig(_Ruled):
     importance_sampling_level: Literal["token", "sequence_token"] = "token"
     temperature: float = 1.0
     max_completion_length: int | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    use_bias_correction_kl: bool = False
+    off_policy_mask_threshold: float | None = None
+    top_entropy_quantile: float = 1.0
+    entropy_coef: float = 0.0
+
+    @property
+    def rule_kind(self) -> str:
+        """Name the loss of a token, whatever it is reduced by."""
+        return kind_of(self.loss_type)
 
     def __post_init__(self) -> None:
         if self.importance_sampling_level == "sequence":
@@ -200,6 +235,15 @@ class LossConfig(_Ruled):
         require(self, "delta", self.delta is None or self.delta > 0.0, "None or a positive number")
         require(self, "beta", self.beta >= 0.0, "a number of at least 0")
         require(self, "temperature", self.temperature > 0.0, "a positive number")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            require(self, name, getattr(self, name) > 0.0, "a positive number")
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            require(self, name, getattr(self, name) >= 0.0, "a number of at least 0")
+        share = "a share of the tokens, above 0 and at most 1"
+        require(self, "top_entropy_quantile", 0.0 < self.top_entropy_quantile <= 1.0, share, "try 0.2")
+        cancels = self.loss_type == "vespo" and self.importance_sampling_level != "token"
+        level = "'token' for loss_type='vespo', whose weight is that of the whole sequence"
+        require(self, "importance_sampling_level", not cancels, level, "use 'token'")
         length, fix = self.max_completion_length, "pass the trainer's max_completion_length"
         require(self, "max_completion_length", length is None or length > 0, "None or at least 1", fix)
         constant = "a positive int for loss_type='dr_grpo' (a constant normaliser must not depend on padding)"

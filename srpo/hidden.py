@@ -12,11 +12,12 @@ from srpo.config import CreditConfig, LossConfig
 from srpo.credit import as_dtype, compute_dtype
 from srpo.errors import ConfigError
 from srpo.loss import Divergence, SelectedLogps
-from srpo.request import check_request
-from srpo.stage import LossOutput, finish, loss_terms, weigh
+from srpo.request import TokenLoss, check_request
+from srpo.stage import LossOutput, check_uncoupled, finish, kept_tokens, loss_terms, weigh
 from srpo.streams import Streams
 from srpo_kernels import head_ops
 from srpo_kernels.layout import Layout
+from srpo_kernels.rules import couples_tokens
 
 
 def role_weighted_grpo_loss_from_hidden(
@@ -41,6 +42,7 @@ def role_weighted_grpo_loss_from_hidden(
     importance_sampling_ratio: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
+    token_loss: TokenLoss | None = None,
     credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     workspace_bytes: int | None = None,
@@ -54,10 +56,11 @@ def role_weighted_grpo_loss_from_hidden(
 
     The gradient of a chunk is computed while its logits exist: forward and backward cost 6NVH operations for N rows,
     4NVH with a frozen head. N counts the rows that can change the loss: valid, and with an advantage other than 0
-    (every valid row when `loss.beta` is not 0; all rows of a trajectory that has such a row when the coefficient of a
-    token depends on the others: weights from the current log-probs, or `"sequence_token"`; a trajectory that the
-    workspace does not hold then costs 8NVH, and one without such a row shows weight 1). Live contrasts add 2NVH for
-    the rows of their role, 4NVH with `contrast_kind="kl"`.
+    (every valid row with a KL term, an entropy bonus or a `token_loss`; all rows of a trajectory that has such a row
+    when the coefficient of a token depends on the others: weights from the current log-probs, `"sequence_token"`,
+    `"vespo"`, an off-policy mask, a `token_loss`; a trajectory that the workspace does not hold then costs 8NVH, and
+    one without such a row shows weight 1). Live contrasts add 2NVH for the rows of their role, 4NVH with
+    `contrast_kind="kl"`; `top_entropy_quantile` adds 2NVH.
 
     Args:
         hidden: `[B, T, H]`, or `[B, T + 1, H]` whose last position is ignored; the states that the head is called on.
@@ -68,8 +71,10 @@ def role_weighted_grpo_loss_from_hidden(
         corrupted_hidden: as `hidden`, in place of `corrupted_logps`: only rows of the role are multiplied, no gradient.
         ablated_hidden: as `hidden`, in place of `ablated_logps`.
         role_ids, completion_mask, corrupted_logps, ablated_logps, corrupted_kl, ablated_kl, weights, contrast,
-            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss,
-            validate_values, backend: as in `role_weighted_grpo_loss`.
+            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, token_loss, credit,
+            loss, validate_values, backend: as in `role_weighted_grpo_loss`. A `token_loss` is called for some
+            trajectories at a time (the log-probs of the others are then made up), and once more to see that none
+            depends on another.
         workspace_bytes: what the logits of a chunk and their gradient may take. None: 768 rows on a CPU; elsewhere
             4096 rows, or 1024 for a frozen head, in at most 2 GiB. Fewer rows cost time, above all for a head that
             trains (its gradient is read and written once a chunk); the result does not depend on it beyond rounding.
@@ -110,24 +115,31 @@ def role_weighted_grpo_loss_from_hidden(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
-        divergences=Streams(corrupted_kl, ablated_kl), live=Streams(corrupted_hidden, ablated_hidden),
-        live_kind="hidden",
+        token_loss=token_loss, divergences=Streams(corrupted_kl, ablated_kl),
+        live=Streams(corrupted_hidden, ablated_hidden), live_kind="hidden",
         check_live=lambda name, x: checks.hidden_of(call, name, x, layout, hidden),
     )  # fmt: skip
 
     states, weight, bias = _autocast(hidden, lm_head_weight, bias)
     learns = mask & (request.advantages != 0)
-    reached = mask if loss.beta != 0.0 else mask & layout.spread(layout.token_counts(learns) > 0)
+    all_learn = loss.beta != 0.0 or loss.entropy_coef != 0.0 or token_loss is not None
+    reached = mask if all_learn else mask & layout.spread(layout.token_counts(learns) > 0)
     weighs_first = request.weighs_first
+    if token_loss is not None and torch.compiler.is_compiling():
+        fix = "call it outside of torch.compile, or role_weighted_grpo_loss_from_logps inside"
+        call.fail(ConfigError, "token_loss", "a function under torch.compile", "an eager call", fix)
     if request.scores and credit.reads_kl and process_group is not None:
         got, fix = "a head in shards with contrast_kind='kl'", "score the streams before, and pass corrupted_kl"
         call.fail(ConfigError, "process_group", got, "a whole head, or divergences that are given", fix)
     if request.scores or not weighs_first:  # what is not scored gets no credit: its weight would meet an advantage of 0
         request = replace(request, role_ids=torch.where(reached, request.role_ids, 0))
-    depends_on_row = weighs_first and loss.importance_sampling_level == "token" and loss.beta == 0.0
+    depends_on_row = weighs_first and not couples_tokens(loss) and not all_learn
     rows = learns if depends_on_row else reached
-    streams = request.streams
+    streams, kept = request.streams, None
     with torch.no_grad():
+        if loss.top_entropy_quantile != 1.0:
+            _, entropies = _logps(states, weight, bias, ids, mask, layout, True, **head)
+            kept = kept_tokens(request, entropies)
         for name, live in request.scores.items():
             read = credit.rows(name, request.role_ids, mask)
             contrast_states = _autocast(live)[0]
@@ -144,15 +156,20 @@ def role_weighted_grpo_loss_from_hidden(
     if weighed is None:
         terms = terms._replace(weights=None)
         of_credit = (request.role_ids, *(as_dtype(x, nothing.dtype) for x in streams))
+    counted = mask if kept is None else kept
+    entropy_slopes = None
+    if loss.entropy_coef != 0.0:
+        entropy_slopes = counted * (-loss.entropy_coef / counted.sum().clamp(min=1)).to(nothing.dtype)
     anchor, logps, entropy = head_ops.linear_head_training(
         _batched(layout, states), weight, bias, _batched(layout, ids), _batched(layout, rows), *terms, *of_credit,
-        cu_seqlens, loss_rule=loss.rule, credit_rule=credit.rule, **head,
+        cu_seqlens, kept, entropy_slopes, token_loss=token_loss, loss_rule=loss.rule, credit_rule=credit.rule, **head,
     )  # fmt: skip
     logps, entropy = logps.view(layout.shape), entropy.view(layout.shape)
     weighed = weighed or weigh(request, logps, streams)
     old = terms.old_logps
     shown = logps if old is None else torch.where(rows, logps, old.detach())  # a row that was skipped has ratio 1
-    out = finish(request, shown, entropy, weighed, rows)
+    check_uncoupled(request, shown)
+    out = finish(request, shown, entropy, weighed, rows, kept)
     # not out._replace(...): Dynamo of torch 2.11 cannot rebuild what that makes
     return LossOutput(out.loss + anchor, logps, out.weights, out.entropy, out.metrics)
 

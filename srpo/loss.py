@@ -9,11 +9,12 @@ from torch import Tensor
 from srpo import checks
 from srpo.config import CreditConfig, LossConfig
 from srpo.errors import ConfigError
-from srpo.request import Request, check_request
+from srpo.request import Request, TokenLoss, check_request
 from srpo.stage import LossOutput, finish, loss_terms, run, weigh
 from srpo.streams import Streams
 from srpo_kernels import backends, ops
 from srpo_kernels.layout import Layout
+from srpo_kernels.rules import couples_tokens
 
 
 class SelectedLogps(NamedTuple):
@@ -43,6 +44,7 @@ def role_weighted_grpo_loss(
     importance_sampling_ratio: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
+    token_loss: TokenLoss | None = None,
     credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     inplace_backward: bool = False,
@@ -75,7 +77,11 @@ def role_weighted_grpo_loss(
         ref_logps: `[B, T]` nats of the reference model; needed when `loss.beta` is not 0.
         importance_sampling_ratio: `[B, T]` or `[B, 1]`, multiplies the policy term; NaN counts as 1.
         cu_seqlens: `[R + 1]` offsets of packed trajectories: tensors are `[N, ...]` instead of `[B, T, ...]`.
-        num_items_in_batch: normaliser of `"dapo"` and `"cispo"`; None: valid tokens of this call.
+        num_items_in_batch: normaliser of `"dapo"`, `"cispo"` and `"vespo"`; None: valid tokens of this call.
+        token_loss: a loss of your own: a function of log-probs `[B, T]` (0 on masked tokens) that returns the loss of
+            each token, and that autograd differentiates on `[B, T]` alone. Token weights and
+            `importance_sampling_ratio` multiply it, `beta` adds the KL term, `loss_type` reduces it; it closes over
+            what else it needs, such as advantages and old log-probs.
         credit: settings of the credit stage.
         loss: settings of the loss.
         inplace_backward: write the gradient into the memory of `logits`. Their values are gone after backward, a
@@ -122,14 +128,16 @@ def role_weighted_grpo_loss(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
-        divergences=Streams(corrupted_kl, ablated_kl), live=Streams(corrupted_logits, ablated_logits),
+        token_loss=token_loss, divergences=Streams(corrupted_kl, ablated_kl),
+        live=Streams(corrupted_logits, ablated_logits),
         check_live=lambda name, x: checks.logits_of(call, name, x, layout, logits.shape[-1]),
     )  # fmt: skip
     if inplace_backward:
         _check_inplace(call, logits)
 
     learns = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward
-    of_rows = not request.scores and request.weighs_first and loss.importance_sampling_level == "token"
+    whole = couples_tokens(loss) or token_loss is not None
+    of_rows = not request.scores and request.weighs_first and not whole and not _reads_entropy(loss)
     if learns and of_rows and backends.trains_rows(logits, mask.numel(), chosen):
         return _train_rows(request, logits, ids)
 
@@ -153,7 +161,7 @@ def role_weighted_grpo_loss(
         logps, entropy, kl = logps[:, 0], entropy[0], kl[:, 0] if kl.numel() else kl
     read = kl if credit.reads_kl else logps[1:]
     scored = request.streams._replace(**{name: read[k].detach() for k, name in enumerate(live)})
-    return run(request, logps[0], entropy.detach(), scored)
+    return run(request, logps[0], entropy if loss.entropy_coef else entropy.detach(), scored)
 
 
 def _train_rows(request: Request, logits: Tensor, ids: Tensor) -> LossOutput:
@@ -185,6 +193,7 @@ def role_weighted_grpo_loss_from_logps(
     importance_sampling_ratio: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
+    token_loss: TokenLoss | None = None,
     credit: CreditConfig = CreditConfig(),  # noqa: B008 - frozen
     loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     validate_values: bool | None = None,
@@ -198,8 +207,8 @@ def role_weighted_grpo_loss_from_logps(
         logps: `[B, T]` nats of the completion tokens under the current policy, with the temperature applied.
         advantages: `[B]` or `[B, T]`.
         role_ids, completion_mask, corrupted_logps, ablated_logps, corrupted_kl, ablated_kl, weights, contrast,
-            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, credit, loss,
-            validate_values, backend: as in `role_weighted_grpo_loss`.
+            old_logps, ref_logps, importance_sampling_ratio, cu_seqlens, num_items_in_batch, token_loss, credit,
+            loss, validate_values, backend: as in `role_weighted_grpo_loss`.
 
     Returns: LossOutput, with `entropy=None`.
 
@@ -221,6 +230,10 @@ def role_weighted_grpo_loss_from_logps(
     call = checks.Call("role_weighted_grpo_loss_from_logps", logps, "logps", validate_values)
     checks.configs(call, credit, loss)
     chosen = checks.backend_of(call, backend, logps.dtype)
+    if _reads_entropy(loss):
+        name = "entropy_coef" if loss.entropy_coef else "top_entropy_quantile"
+        got, fix = f"{getattr(loss, name)} without logits", "call role_weighted_grpo_loss or its _from_hidden"
+        call.fail(ConfigError, name, got, "a loss from logits or hidden states, which have an entropy", fix)
     layout = checks.layout_of(call, "logps", logps, cu_seqlens)
     call.tensor("logps", logps, [layout.shape], checks.tokens(layout), "float")
     mask = checks.mask_of(call, completion_mask, layout)
@@ -230,7 +243,7 @@ def role_weighted_grpo_loss_from_logps(
         advantages=advantages, role_ids=role_ids, weights=weights, contrast=contrast,
         streams=Streams(corrupted_logps, ablated_logps), old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, num_items_in_batch=num_items_in_batch,
-        divergences=Streams(corrupted_kl, ablated_kl),
+        token_loss=token_loss, divergences=Streams(corrupted_kl, ablated_kl),
     )  # fmt: skip
     return run(request, logps, None, request.streams)
 
@@ -385,6 +398,10 @@ def vocabulary_kl(
         backend=chosen,
     )
     return Divergence(kl[0].reshape(layout.shape), logps[1].reshape(layout.shape))
+
+
+def _reads_entropy(loss: LossConfig) -> bool:
+    return loss.entropy_coef != 0.0 or loss.top_entropy_quantile != 1.0
 
 
 def _check_inplace(call: checks.Call, logits: Tensor) -> None:

@@ -13,6 +13,8 @@ from srpo.errors import ConfigError
 from srpo.streams import Streams
 from srpo_kernels.layout import Layout
 
+TokenLoss = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -27,6 +29,7 @@ class Request:
         ratio: importance sampling ratio per token.
         normaliser: `num_items_in_batch`.
         backend: `"triton"` or `"torch"`.
+        token_loss: the caller's own loss of the tokens, in the place of the clipped one.
     """
 
     call: checks.Call
@@ -46,6 +49,7 @@ class Request:
     credit: CreditConfig
     loss: LossConfig
     backend: str
+    token_loss: TokenLoss | None
 
     @property
     def weighs(self) -> bool:
@@ -85,6 +89,7 @@ def check_request(
     ref_logps: Any,
     importance_sampling_ratio: Any,
     num_items_in_batch: Any,
+    token_loss: Any = None,
     divergences: Streams = Streams(),  # noqa: B008 - immutable
     live: Streams = Streams(),  # noqa: B008 - immutable
     live_kind: str = "logits",
@@ -95,6 +100,7 @@ def check_request(
     roles = torch.zeros_like(mask) if role_ids is None else checks.roles_of(call, role_ids, mask, layout)
     ratio = checks.loss_inputs(call, loss, layout, mask, old_logps, ref_logps, importance_sampling_ratio)
     checks.normaliser(call, num_items_in_batch)
+    checks.token_loss_of(call, loss, token_loss)
     given = streams.named("logps") | divergences.named("kl") | live.named(live_kind)
     if weights is not None:
         weights = checks.given_weights(call, weights, mask, layout, {"contrast": contrast} | given)
@@ -111,5 +117,5 @@ def check_request(
         )
     return Request(
         call, layout, mask, per_token, roles, role_ids is not None, weights, contrast, streams, live, old_logps,
-        ref_logps, ratio, num_items_in_batch, credit, loss, backend,
+        ref_logps, ratio, num_items_in_batch, credit, loss, backend, token_loss,
     )  # fmt: skip

@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srpo import checks
 from srpo.config import LossConfig
 from srpo.credit import Credit, as_dtype, compute_dtype, run_credit
+from srpo.errors import ConfigError
 from srpo.metrics import MetricSums, credit_sums, loss_sums
 from srpo.request import Request
 from srpo.streams import STREAMS, Streams
 from srpo_kernels import ops
+from srpo_kernels.policy_factor import policy_factor
 
 
 class LossOutput(NamedTuple):
@@ -52,9 +55,18 @@ class Terms(NamedTuple):
 
 
 def run(request: Request, logps: Tensor, entropy: Tensor | None, streams: Streams) -> LossOutput:
-    """Run both stages on log-probs that carry the gradient."""
+    """Run both stages on log-probs, and on entropies, that carry the gradient."""
     logps = logps.to(compute_dtype(logps, request.backend))
-    return finish(request, logps, entropy, weigh(request, logps, streams))
+    return finish(request, logps, entropy, weigh(request, logps, streams), kept=kept_tokens(request, entropy))
+
+
+def kept_tokens(request: Request, entropy: Tensor | None) -> Tensor | None:
+    """Tell the valid tokens of the highest entropies, whose policy term counts; None: all of them."""
+    share = request.loss.top_entropy_quantile
+    if share == 1.0 or entropy is None or not entropy.numel():
+        return None
+    known = torch.where(request.mask, entropy.detach().float(), torch.nan)
+    return known >= known.flatten().nanquantile(1.0 - share)
 
 
 def weigh(request: Request, logps: Tensor, streams: Streams) -> Weighed:
@@ -72,26 +84,95 @@ def weigh(request: Request, logps: Tensor, streams: Streams) -> Weighed:
 
 
 def finish(
-    request: Request, logps: Tensor, entropy: Tensor | None, weighed: Weighed, scored: Tensor | None = None
+    request: Request,
+    logps: Tensor,
+    entropy: Tensor | None,
+    weighed: Weighed,
+    scored: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> LossOutput:
-    """Reduce log-probs and weights to the loss and its metrics; `scored` are the rows that a head was run on."""
+    """Reduce log-probs and weights to the loss and its metrics.
+
+    Args:
+        scored: the rows that a head was run on; None: all valid ones.
+        kept: the tokens whose policy term counts; None: all.
+    """
     loss, mask, layout = request.loss, request.mask, request.layout
-    terms = loss_terms(request, weighed.weights)
-    per_trajectory, clip_and_kl = ops.policy_loss(logps, *terms, layout, loss.rule, request.backend)
-    groups = {"cispo" if loss.loss_type == "cispo" else "clip"}
+    given = loss_terms(request, weighed.weights)
+    ratio = given.importance_sampling_ratio
+    factor = policy_factor(logps, given.old_logps, ratio, kept, given.advantages, mask, layout, loss)
+    terms = Terms(*given[:2], factor, *given[3:])
+    if request.token_loss is None:
+        per_trajectory, clip_and_kl = ops.policy_loss(logps, *terms, layout, loss.rule, request.backend)
+        total = per_trajectory.sum()
+    else:
+        total, clip_and_kl = _own_loss(request, logps, terms)
+    if loss.entropy_coef and entropy is not None:
+        total = total - loss.entropy_coef * mean_entropy(entropy, mask if kept is None else kept)
+    own = {"clip": "clip", "cispo": "cispo"}.get(loss.rule_kind) if request.token_loss is None else None
+    groups = {own} if own else set()
     groups |= {"ratio"} if terms.old_logps is not None else set()
     groups |= {"kl"} if loss.beta != 0.0 else set()
     groups |= {"entropy"} if entropy is not None else set()
     groups |= {"rows"} if scored is not None else set()
     rows = mask if scored is None else scored
     log_ratio = None if terms.old_logps is None else logps.detach() - terms.old_logps
-    sums = [loss_sums(mask, rows, request.advantages, clip_and_kl, entropy, layout, log_ratio)]
+    shown_entropy = None if entropy is None else entropy.detach()
+    sums = [loss_sums(mask, rows, request.advantages, clip_and_kl, shown_entropy, layout, log_ratio)]
     if weighed.credit is not None:
         groups.add("credit")
         sums.append(credit_sums(weighed.credit, request.role_ids, mask, request.advantages))
     shown = torch.where(mask, logps.detach(), 0.0)
     metrics = MetricSums(torch.cat(sums), frozenset(groups))
-    return LossOutput(per_trajectory.sum(), shown, weighed.weights, entropy, metrics)
+    return LossOutput(total, shown, weighed.weights, shown_entropy, metrics)
+
+
+def mean_entropy(entropy: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean over some tokens, 0 where there are none."""
+    return torch.where(tokens, entropy, 0.0).sum() / tokens.sum().clamp(min=1)
+
+
+def _own_loss(request: Request, logps: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Reduce the caller's own losses, weighted, and the KL term, which is not; return that and the metric sums."""
+    assert request.token_loss is not None
+    mask, layout, rule = request.mask, request.layout, request.loss.rule
+    inside = torch.where(mask, logps, 0.0)  # what is masked gets no gradient, whatever the function makes of it
+    losses = checks.token_losses(request.call, request.token_loss(inside), inside, mask)
+    factor = terms.weights if terms.importance_sampling_ratio is None else _times(terms)
+    policy = (torch.where(mask, losses.to(logps.dtype), 0.0) * factor * layout.spread(terms.scale)).sum()
+    without = Terms(*terms[:2], None, torch.zeros_like(terms.advantages), *terms[4:])
+    kl, sums = ops.policy_loss(logps, *without, layout, rule, request.backend)
+    return policy + kl.sum(), sums
+
+
+def _times(terms: Terms) -> Tensor:
+    ratio = terms.importance_sampling_ratio
+    assert ratio is not None
+    return terms.weights * torch.where(terms.mask, torch.where(ratio.isnan(), 1.0, ratio), 0.0)
+
+
+def check_uncoupled(request: Request, logps: Tensor) -> None:
+    """Refuse a `token_loss` that couples trajectories where it was computed for some of them at a time.
+
+    Half of the trajectories get other log-probs: the losses of the others, and their slopes, must not move. A sync.
+    """
+    layout, mask = request.layout, request.mask
+    if request.token_loss is None or layout.n_trajectories < 2:
+        return
+    half = layout.spread(torch.arange(layout.n_trajectories, device=logps.device) % 2 == 0) & mask
+    inside = torch.where(mask, logps.detach(), 0.0)
+    found = []
+    for x in (inside, torch.where(half, inside, inside - 0.5 * mask)):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            losses = torch.where(half, request.token_loss(leaf), 0.0)
+            (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+        found.append(torch.stack([losses.detach(), torch.where(half, slopes, 0.0)]))
+    moved = ~torch.isclose(found[0], found[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+    if bool(moved.any()):
+        got = f"a loss that moves on {int(moved[0].sum())} tokens with the log-probs of other trajectories"
+        fix = "call role_weighted_grpo_loss_from_logps on selected_logps_from_hidden(...)"
+        request.call.fail(ConfigError, "token_loss", got, "losses of each trajectory by itself", fix)
 
 
 def loss_terms(request: Request, weights: Tensor) -> Terms:
@@ -106,8 +187,10 @@ def loss_terms(request: Request, weights: Tensor) -> Terms:
 def loss_scale(loss: LossConfig, counts: Tensor, num_items_in_batch: Any) -> Tensor:
     """Return the factor `[R]` that each trajectory's sum of token losses is reduced with."""
     R = counts.shape[0]
-    if loss.loss_type == "grpo":
+    if loss.loss_type in ("grpo", "sapo"):
         return 1.0 / (counts.clamp(min=1.0) * R) if R else counts
+    if loss.loss_type == "luspo":
+        return torch.full_like(counts, 1.0 / max(R, 1))
     if loss.loss_type == "dr_grpo":
         return torch.full_like(counts, 1.0 / (max(R, 1) * (loss.max_completion_length or 1)))
     items = counts.sum() if loss.loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch

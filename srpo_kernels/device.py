@@ -280,21 +280,36 @@ def clipped_surrogate(ratio, advantage, lowest, highest, delta):
 
 
 @triton.jit
+def soft_gate(ratio, sign, temperature_pos, temperature_neg):
+    """Return SAPO's gate 4 / tau * sigmoid(tau * (ratio - 1)) and its slope in the ratio; tau by the sign of A."""
+    tau = tl.where(sign > 0.0, temperature_pos, temperature_neg)
+    gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+    return 4.0 / tau * gate, 4.0 * gate * (1.0 - gate)
+
+
+@triton.jit
 def token_loss(
     logps, log_ratio, log_slope, sign, weight, is_ratio, ref, lowest, highest, delta, beta,
-    CISPO: tl.constexpr, HAS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr,
+    KIND: tl.constexpr, HAS_KL: tl.constexpr, CORRECTS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr,
 ):  # fmt: skip
     """Return the loss of a token, its slope in logps, whether it is clipped below and above, and its KL term.
 
-    `sign` is the advantage without its weight; `log_slope` is the slope of `log_ratio` in logps.
+    `sign` is the advantage without its weight; `log_slope` is the slope of `log_ratio` in logps. `lowest` and `highest`
+    bound the ratio; of "sapo" they are the temperatures of negative and of positive advantages.
     """
     ratio, ratio_slope = capped_exp(log_ratio)
     advantage = sign * weight
-    if CISPO:
-        bound = tl.minimum(ratio, highest)
+    low, high = sign != sign, sign != sign
+    if KIND == "cispo" or KIND == "reinforce":
+        bound = tl.zeros_like(ratio) + 1.0
+        if KIND == "cispo":
+            bound = tl.minimum(ratio, highest)
+            high = (ratio > highest) & (sign > 0.0)
         # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
         policy, slope = tl.where(advantage == 0.0, 0.0, -bound * advantage * logps), -bound * advantage
-        low, high = sign != sign, (ratio > highest) & (sign > 0.0)
+    elif KIND == "sapo":
+        value, value_slope = soft_gate(ratio, sign, highest, lowest)
+        policy, slope = -value * advantage, -value_slope * advantage * ratio_slope * log_slope
     else:
         value, value_slope = clipped_surrogate(ratio, advantage, lowest, highest, delta)
         policy, slope = -value, -value_slope * ratio_slope * log_slope
@@ -302,13 +317,18 @@ def token_loss(
         low, high = (free < lowest) & (sign < 0.0), (free > highest) & (sign > 0.0)
     if HAS_IS_RATIO:
         is_ratio = tl.where(is_ratio != is_ratio, 1.0, is_ratio)
-        policy, slope = policy * is_ratio, slope * is_ratio
+        # a token that a factor of 0 leaves out may have no finite loss
+        policy = tl.where(is_ratio == 0.0, 0.0, policy * is_ratio)
+        slope = tl.where(is_ratio == 0.0, 0.0, slope * is_ratio)
     kl = tl.zeros_like(policy)
     if HAS_KL:
         log_ref_ratio, ref_slope = difference(ref, logps)
         kl = k3(-tl.minimum(log_ref_ratio, RATIO_LOG_MAX))
         ref_ratio, _ = capped_exp(log_ref_ratio)
         kl_slope = tl.where(log_ref_ratio <= RATIO_LOG_MAX, (1.0 - ref_ratio) * ref_slope, 0.0)
+        if CORRECTS_KL:
+            kl_slope = kl_slope * ratio + kl * ratio_slope * log_slope
+            kl = kl * ratio
         policy, slope = policy + beta * kl, slope + beta * kl_slope
     return policy, slope, low, high, kl
 

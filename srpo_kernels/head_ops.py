@@ -9,6 +9,7 @@ The gradients of the last are those of the loss; backward multiplies them by the
 that the loss is added to. Active rows are found on the device, so each op waits for it once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,6 +147,32 @@ def _linear_head_training(
     corrupted: Tensor | None,
     ablated: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: Tensor | None,
+    entropy_slopes: Tensor | None,
+    temperature: float,
+    wants: list[bool],
+    workspace_bytes: int,
+    process_group: str,
+    loss_rule: str,
+    credit_rule: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    vectors = (
+        old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale, role_ids, corrupted, ablated,
+        cu_seqlens, kept, entropy_slopes,
+    )  # fmt: skip
+    settings = (temperature, wants, workspace_bytes, process_group, loss_rule, credit_rule, backend)
+    return _train(hidden, weight, bias, ids, row_mask, vectors, None, *settings)
+
+
+def _train(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    vectors: tuple[Any, ...],
+    token_loss: Callable[[Tensor], Tensor] | None,
     temperature: float,
     wants: list[bool],
     workspace_bytes: int,
@@ -155,17 +182,15 @@ def _linear_head_training(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = linear_head.Head(weight, bias, temperature, workspace_bytes, process_group, backend)
-    terms = LossTerms(
-        old_logps, ref_logps, importance_sampling_ratio, advantages, weights, mask, scale,
-        role_ids, corrupted, ablated, cu_seqlens, rules.loss_rule(loss_rule), rules.credit_rule(credit_rule), backend,
-    )  # fmt: skip
+    of_loss, of_credit = rules.loss_rule(loss_rule), rules.credit_rule(credit_rule)
+    terms = LossTerms(*vectors, token_loss=token_loss, loss=of_loss, credit=of_credit, backend=backend)
     logps, entropy, d, unit = linear_head.train(head, hidden, ids, row_mask, terms, tuple(wants))
     return logps.new_zeros(()), logps, entropy, d.hidden, d.weight, d.bias, unit
 
 
 @_linear_head_training.register_fake
 def _(hidden, weight, bias, ids, row_mask, *arguments):
-    wants, backend = arguments[12], arguments[-1]
+    wants, backend = arguments[14], arguments[-1]
     dtype = backends.statistics_dtype(hidden.dtype, backend)
     vectors = (ids.new_empty(shape, dtype=dtype) for shape in ((), ids.shape, ids.shape))
     unit = ids.new_empty((), dtype=torch.float32)
@@ -174,24 +199,45 @@ def _(hidden, weight, bias, ids, row_mask, *arguments):
 
 def _save_training(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[3:])
-    ctx.wants, ctx.n_inputs = inputs[17], len(inputs)
+    ctx.wants, ctx.n_inputs = inputs[19], len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _training_backward(ctx: Any, grad_anchor: Tensor | None, *_: Any):
+    return *_scaled_gradients(ctx, grad_anchor), *[None] * (ctx.n_inputs - 3)
+
+
+def _scaled_gradients(ctx: Any, grad_anchor: Tensor | None) -> list[Tensor | None]:
+    """Return the gradients that forward formed, times what arrives at the anchor."""
     ops.refuse_create_graph("role_weighted_grpo_loss_from_hidden")
     *saved, unit = ctx.saved_tensors
     gradients = [x if wanted else None for x, wanted in zip(saved, ctx.wants, strict=True)]
     if grad_anchor is None:
-        gradients = [None] * 3
-    else:
-        factor = grad_anchor / unit
-        if ops.saved_tensors_are_needed_again():
-            gradients = [None if x is None else x * factor for x in gradients]
-        else:  # a head's gradient is large: scale it where it is
-            gradients = [None if x is None else x.mul_(factor) for x in gradients]
-    return *gradients, *[None] * (ctx.n_inputs - 3)
+        return [None] * 3
+    factor = grad_anchor / unit
+    if ops.saved_tensors_are_needed_again():
+        return [None if x is None else x * factor for x in gradients]
+    return [None if x is None else x.mul_(factor) for x in gradients]  # a head's gradient is large: where it is
+
+
+class _OwnTraining(torch.autograd.Function):
+    """`linear_head_training` with a loss of the caller's own: an op's schema takes no function, nor its autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool], run: Any) -> Any:
+        anchor, logps, entropy, *gradients = run(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.wants = wants
+        ctx.mark_non_differentiable(logps, entropy)
+        ctx.set_materialize_grads(False)
+        return anchor, logps, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return *_scaled_gradients(ctx, upstream[0]), None, None
 
 
 _linear_head_training.register_autograd(_training_backward, setup_context=_save_training)
@@ -249,16 +295,36 @@ def linear_head_logps(
 
 
 def linear_head_training(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **settings: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    row_mask: Tensor,
+    *vectors: Any,
+    token_loss: Callable[[Tensor], Tensor] | None = None,
+    temperature: float,
+    workspace_bytes: int,
+    process_group: str,
+    loss_rule: str,
+    credit_rule: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `anchor`, a differentiable zero, and `logps` and `entropy` `[B, T]` without gradient.
 
     The gradient of `anchor` is that of the loss; it is computed here where autograd will ask for it.
     """
-    tensors = (None if x is None else x.detach().contiguous() for x in rest)
+    ids, row_mask = ids.contiguous(), row_mask.contiguous()
+    own = tuple(None if x is None else x.detach().contiguous() for x in vectors)
     learns = torch.is_grad_enabled()
     wants = [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    settings = (temperature, wants, workspace_bytes, process_group, loss_rule, credit_rule, backend)
+    if token_loss is not None:
+
+        def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            return _train(hidden, weight, bias, ids, row_mask, own, token_loss, *settings)
+
+        return _OwnTraining.apply(hidden, weight, bias, wants, run)
     anchor, logps, entropy, *_ = torch.ops.srpo.linear_head_training(
-        hidden, weight, bias, *tensors, wants=wants, **settings
+        hidden, weight, bias, ids, row_mask, *own, *settings
     )
     return anchor, logps, entropy

@@ -55,6 +55,17 @@ class Layout:
         running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # exact in int64
         return running[self.cu_seqlens.long()].diff().float()
 
+    def sums(self, x: Tensor) -> Tensor:
+        """Return the sum `[R]` over the tokens of each trajectory, in one order whatever else is in the batch.
+
+        Packed tokens are padded for it: one sync on a GPU.
+        """
+        if self.cu_seqlens is None:
+            return x.sum(-1)
+        padded = self.pad().pad(x)
+        assert padded is not None
+        return padded.sum(-1)
+
     def pad(self) -> "Padding":
         """Return the map from packed tokens to padded ones. Needs the longest length: one sync on a GPU."""
         lengths = self.offsets.long().diff()

@@ -161,9 +161,11 @@ def train(
             logps[cells], entropy[cells] = scored[-1].logps, scored[-1].entropy
         if any(wants):
             g = terms.coefficients(logps, group) * unit
+            h = None if terms.entropy_slopes is None else terms.entropy_slopes.reshape(-1) * unit
             for cells, row in zip(group.chunks, scored, strict=True):
                 again = engine.logits(cells) if len(group.chunks) > 1 else logits
-                engine.accumulate(cells, again, row.row_max, row.log_sum, None, g[cells], None)
+                of_entropy = (None, None) if h is None else (row.entropy, h[cells])
+                engine.accumulate(cells, again, row.row_max, row.log_sum, of_entropy[0], g[cells], of_entropy[1])
     return logps.view(ids.shape), entropy.view(ids.shape), engine.finish(), unit
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from srpo_kernels import backends
 from srpo_kernels.layout import Layout
-from srpo_kernels.rules import CreditRule, LossRule
+from srpo_kernels.policy_factor import policy_factor
+from srpo_kernels.rules import CreditRule, LossRule, couples_tokens
 
 
 class Group(NamedTuple):
@@ -31,6 +32,9 @@ class LossTerms:
     Args:
         weights: token weights; None computes them from the log-probs of the streams, with `credit`.
         scale: `[R]` factor of each trajectory's loss.
+        kept: bool, tokens whose policy term counts; None: all.
+        entropy_slopes: d loss / d entropy; None: the loss has none.
+        token_loss: the caller's own loss of all tokens, of which the rows of a group are taken.
         credit, loss: settings of `backends.token_credit` and `backends.policy_loss`.
     """
 
@@ -45,6 +49,9 @@ class LossTerms:
     corrupted: Tensor | None
     ablated: Tensor | None
     cu_seqlens: Tensor | None
+    kept: Tensor | None
+    entropy_slopes: Tensor | None
+    token_loss: Callable[[Tensor], Tensor] | None
     loss: LossRule
     credit: CreditRule
     backend: str
@@ -52,7 +59,7 @@ class LossTerms:
     @property
     def of_rows(self) -> bool:
         """Say whether the coefficient of a row depends on that row alone."""
-        return self.weights is not None and self.loss.importance_sampling_level == "token"
+        return self.weights is not None and not couples_tokens(self.loss) and self.token_loss is None
 
     def unit(self, dtype: torch.dtype) -> Tensor:
         """Return a power of two, 0-d, that brings the largest coefficient near 1 for gradients in half precision.
@@ -65,6 +72,8 @@ class LossTerms:
             return one
         scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(self.mask.shape)
         size = torch.where(self.mask, self.advantages.abs() + self.loss.beta, 0.0) * scale
+        if self.entropy_slopes is not None:
+            size = torch.maximum(size, self.entropy_slopes.abs())
         largest = size.float().amax() if size.numel() else one * 0.0
         return torch.where(largest > 0, torch.exp2(torch.floor(-torch.log2(largest)).clamp(-14, 40)), one)
 
@@ -95,23 +104,44 @@ class LossTerms:
         if self.of_rows:  # every row is a trajectory of one token
             (cells,) = group.chunks
             scale = Layout(tuple(self.mask.shape), self.cu_seqlens).spread(self.scale).reshape(-1)[cells]
-            part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None])
-            result[cells] = self._policy_loss(part, scale, None)[:, 0]
+            part = self._part(logps, lambda x: x.reshape(-1)[cells][:, None], Layout((len(cells), 1)))
+            result[cells] = backends.policy_loss(*part, scale, None, self.loss, self.backend)[2][:, 0]
             return result
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens[group.trajectories.start : group.trajectories.stop + 1] - group.tokens.start
-        shape = (-1,) if cu_seqlens is not None else (-1, self.mask.shape[1])
-        part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), cu_seqlens)
+        n = group.tokens.stop - group.tokens.start
+        shape = (n,) if cu_seqlens is not None else (n // max(1, self.mask.shape[1]), self.mask.shape[1])
+        layout = Layout(shape, cu_seqlens)
+        part = self._part(logps, lambda x: x.reshape(-1)[group.tokens].view(shape), layout)
         scale = self.scale[group.trajectories]
-        result[group.tokens] = self._policy_loss(part, scale, cu_seqlens).reshape(-1)
+        own: Tensor | float = 0.0
+        if self.token_loss is not None:
+            own = self._own_slopes(logps, group, part, layout.spread(scale))
+            part = part._replace(advantages=torch.zeros_like(part.advantages))  # what is left is the KL term
+        slopes = backends.policy_loss(*part, scale, cu_seqlens, self.loss, self.backend)[2]
+        result[group.tokens] = slopes.reshape(-1) + own
         return result
 
-    def _policy_loss(self, part: "_Part", scale: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Return the coefficients of some tokens."""
-        return backends.policy_loss(*part, scale, cu_seqlens, self.loss, self.backend)[2]
+    def _own_slopes(self, logps: Tensor, group: Group, part: "_Part", scale: Tensor) -> Tensor:
+        """Differentiate the caller's loss on the tokens of a group; the others have the old log-probs, or 0."""
+        assert self.token_loss is not None
+        tokens, mask = group.tokens, self.mask.reshape(-1)
+        x = torch.zeros_like(logps) if self.old_logps is None else self.old_logps.reshape(-1).to(logps.dtype).clone()
+        x[tokens] = logps[tokens]
+        x = torch.where(mask, x, 0.0)
+        factor = part.weights * scale
+        ratio = part.importance_sampling_ratio
+        factor = factor if ratio is None else factor * torch.where(ratio.isnan(), 1.0, ratio)
+        factor = torch.where(part.mask, factor, 0.0).reshape(-1)
+        with torch.enable_grad():
+            leaf = x.requires_grad_()
+            losses = self.token_loss(leaf.view(self.mask.shape)).reshape(-1)[tokens]
+            total = (torch.where(part.mask.reshape(-1), losses, 0.0) * factor).sum()
+            (slopes,) = torch.autograd.grad(total, leaf)
+        return torch.where(part.mask.reshape(-1), slopes[tokens], 0.0)
 
-    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> "_Part":
+    def _part(self, logps: Tensor, take: Callable[[Tensor], Tensor], layout: Layout) -> "_Part":
         """Return the tensors of `backends.policy_loss` for some tokens."""
 
         def taken(x: Tensor | None) -> Tensor | None:
@@ -121,13 +151,13 @@ class LossTerms:
         old, weights = taken(self.old_logps), taken(self.weights)
         if weights is None:
             assert self.role_ids is not None  # terms without weights have roles
-            n = len(mask) if cu_seqlens is None else cu_seqlens.numel() - 1
             _, weights, _, _ = backends.token_credit(
                 None, logps if old is None else old, taken(self.corrupted), taken(self.ablated), take(self.role_ids),
-                mask, advantages, cu_seqlens, n, self.credit, self.backend,
+                mask, advantages, layout.cu_seqlens, layout.n_trajectories, self.credit, self.backend,
             )  # fmt: skip
         ref, ratio = taken(self.ref_logps), taken(self.importance_sampling_ratio)
-        return _Part(logps, old, ref, ratio, advantages, weights, mask)
+        factor = policy_factor(logps, old, ratio, taken(self.kept), advantages, mask, layout, self.loss)
+        return _Part(logps, old, ref, factor, advantages, weights, mask)
 
 
 class _Part(NamedTuple):

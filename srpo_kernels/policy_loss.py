@@ -60,8 +60,8 @@ def _policy_loss_fwd_kernel(
     loss_ptr,  # [R]
     sums_ptr,  # [R, 3]
     T, lowest, highest, delta, beta,
-    CISPO: tl.constexpr, SEQUENCE_TOKEN: tl.constexpr, HAS_OLD: tl.constexpr, HAS_KL: tl.constexpr,
-    HAS_IS_RATIO: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
+    KIND: tl.constexpr, SEQUENCE_TOKEN: tl.constexpr, HAS_OLD: tl.constexpr, HAS_KL: tl.constexpr,
+    CORRECTS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     trajectory = tl.program_id(0)
     start, end = trajectory_range(cu_seqlens_ptr, trajectory, T, PACKED)
@@ -94,7 +94,7 @@ def _policy_loss_fwd_kernel(
         )
         policy, slope, low, high, kl = token_loss(
             logps, log_ratio, log_slope, sign, weight, is_ratio, ref, lowest, highest, delta, beta,
-            CISPO, HAS_KL, HAS_IS_RATIO,
+            KIND, HAS_KL, CORRECTS_KL, HAS_IS_RATIO,
         )  # fmt: skip
         if HAS_KL:
             kl_sum += tl.sum(tl.where(valid, kl, 0.0), 0)
@@ -110,7 +110,9 @@ def _policy_loss_fwd_kernel(
 
 def ratio_bounds(rule: LossRule) -> tuple[float, float, float]:
     """Return `lowest`, `highest` and `delta` of `token_loss`."""
-    highest = rule.epsilon_high if rule.loss_type == "cispo" else 1.0 + rule.epsilon_high
+    if rule.kind == "sapo":
+        return rule.sapo_temperature_neg, rule.sapo_temperature_pos, float("inf")
+    highest = rule.epsilon_high if rule.kind == "cispo" else 1.0 + rule.epsilon_high
     return 1.0 - rule.epsilon_low, highest, float("inf") if rule.delta is None else rule.delta
 
 
@@ -138,7 +140,8 @@ def policy_loss_fwd(
         advantages, weights, mask, mask if cu_seqlens is None else cu_seqlens, scale,
         coefficient, loss, sums,
         mask.numel() // n_trajectories, *ratio_bounds(rule), float(rule.beta),
-        CISPO=rule.loss_type == "cispo",
+        KIND=rule.kind,
+        CORRECTS_KL=rule.use_bias_correction_kl,
         SEQUENCE_TOKEN=rule.importance_sampling_level == "sequence_token",
         HAS_OLD=old_logps is not None,
         HAS_KL=rule.beta != 0.0,

@@ -310,11 +310,16 @@ def policy_loss(
     ratio_slope = torch.where(log_ratio <= RATIO_LOG_MAX, ratio, zero) * log_slope
     sign = torch.where(mask, advantages, zero)
     advantage = torch.where(mask, advantages * weights, zero)
-    if rule.loss_type == "cispo":
-        bound = ratio.clamp(max=rule.epsilon_high)
+    low = high = torch.zeros_like(mask)
+    if rule.kind in ("cispo", "reinforce"):
+        bound = ratio.clamp(max=rule.epsilon_high) if rule.kind == "cispo" else torch.ones_like(ratio)
         # without the where, a banned token (logps = -inf) with advantage 0 would be 0 * inf
         policy, slope = torch.where(advantage == 0, zero, -bound * advantage * logps), -bound * advantage
-        low, high = torch.zeros_like(mask), (ratio > rule.epsilon_high) & (sign > 0)
+        if rule.kind == "cispo":
+            high = (ratio > rule.epsilon_high) & (sign > 0)
+    elif rule.kind == "sapo":
+        value, value_slope = soft_gate(ratio, sign, rule.sapo_temperature_pos, rule.sapo_temperature_neg)
+        policy, slope = -value * advantage, -value_slope * advantage * ratio_slope
     else:
         delta = torch.inf if rule.delta is None else rule.delta
         value, value_slope = clipped_surrogate(ratio, advantage, 1.0 - rule.epsilon_low, 1.0 + rule.epsilon_high, delta)
@@ -324,13 +329,17 @@ def policy_loss(
     if importance_sampling_ratio is not None:
         correction = torch.where(importance_sampling_ratio.isnan(), 1.0, importance_sampling_ratio)
         correction = torch.where(mask, correction, zero)
-        policy, slope = policy * correction, slope * correction
+        # a token that a factor of 0 leaves out may have no finite loss
+        policy = torch.where(correction == 0, zero, policy * correction)
+        slope = torch.where(correction == 0, zero, slope * correction)
     kl = zero
     if rule.beta != 0.0:
         assert ref_logps is not None
         log_ref_ratio, ref_slope = _difference(torch.where(mask, ref_logps, zero), logps)
         kl = k3(-log_ref_ratio.clamp(max=RATIO_LOG_MAX))
         kl_slope = torch.where(log_ref_ratio <= RATIO_LOG_MAX, -torch.expm1(log_ref_ratio) * ref_slope, zero)
+        if rule.use_bias_correction_kl:
+            kl, kl_slope = kl * ratio, kl_slope * ratio + kl * ratio_slope
         policy, slope = policy + rule.beta * kl, slope + rule.beta * kl_slope
     sums = torch.stack([(low & mask).sum(-1).to(kl.dtype), (high & mask).sum(-1).to(kl.dtype), kl.sum(-1)], -1)
     coefficient = torch.where(mask, slope * scale[:, None], zero)
@@ -351,6 +360,13 @@ def clipped_surrogate(
     tie = 0.5 * free_slope + 0.5 * bound_slope
     slope = torch.where(free < bound, free_slope, torch.where(free > bound, bound_slope, tie))
     return torch.min(free, bound), slope
+
+
+def soft_gate(ratio: Tensor, sign: Tensor, temperature_pos: float, temperature_neg: float) -> tuple[Tensor, Tensor]:
+    """Return SAPO's gate 4 / tau * sigmoid(tau * (ratio - 1)) and its slope in the ratio; tau by the sign of A."""
+    tau = torch.where(sign > 0, temperature_pos, temperature_neg).to(ratio.dtype)
+    gate = torch.sigmoid(tau * (ratio - 1.0))
+    return 4.0 / tau * gate, 4.0 * gate * (1.0 - gate)
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,8 @@ def _row_training_fwd_kernel(
     T, L, V,
     stride_b: tl.int64, stride_t: tl.int64, out_stride_b: tl.int64, out_stride_t: tl.int64,
     inv_temperature, lowest, highest, delta, beta,
-    CISPO: tl.constexpr, HAS_OLD: tl.constexpr, HAS_KL: tl.constexpr, HAS_IS_RATIO: tl.constexpr,
+    KIND: tl.constexpr, HAS_OLD: tl.constexpr, HAS_KL: tl.constexpr, CORRECTS_KL: tl.constexpr,
+    HAS_IS_RATIO: tl.constexpr,
     ABREAST: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK_V: tl.constexpr, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0)
@@ -149,7 +150,7 @@ def _row_training_fwd_kernel(
         _, slope, _, _, _ = token_loss(
             logp, log_ratio, log_slope, sign, weight, is_ratio, ref, tl.cast(lowest, tl.float32),
             tl.cast(highest, tl.float32), tl.cast(delta, tl.float32), tl.cast(beta, tl.float32),
-            CISPO, HAS_KL, HAS_IS_RATIO,
+            KIND, HAS_KL, CORRECTS_KL, HAS_IS_RATIO,
         )  # fmt: skip
         g = slope * tl.load(scale_ptr + cell).to(tl.float32)
     tl.store(logps_ptr + cell, logp, mask=has_token)
@@ -224,7 +225,8 @@ def row_training_fwd(
         T, L, V,
         batch_stride(logits), logits.stride(1), batch_stride(out), out.stride(1),
         1.0 / temperature, *ratio_bounds(rule), float(rule.beta),
-        CISPO=rule.loss_type == "cispo",
+        KIND=rule.kind,
+        CORRECTS_KL=rule.use_bias_correction_kl,
         HAS_OLD=old_logps is not None,
         HAS_KL=rule.beta != 0.0,
         HAS_IS_RATIO=importance_sampling_ratio is not None,

@@ -6,7 +6,7 @@ setting is a field here, a check in `srpo.config`, and a line of maths in each l
 
 import ast
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class CreditRule(NamedTuple):
@@ -34,6 +34,33 @@ class LossRule(NamedTuple):
     delta: float | None
     beta: float
     importance_sampling_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    use_bias_correction_kl: bool
+    off_policy_mask_threshold: float | None
+
+    @property
+    def kind(self) -> str:
+        """Name the loss of a token, whatever it is reduced by."""
+        return kind_of(self.loss_type)
+
+
+def kind_of(loss_type: str) -> str:
+    """Name the loss of a token: `"clip"`, `"cispo"`, `"sapo"`, or `"reinforce"`, which is -A logp times a factor."""
+    return {"cispo": "cispo", "sapo": "sapo", "vespo": "reinforce"}.get(loss_type, "clip")
+
+
+def couples_tokens(rule: Any) -> bool:
+    """Say whether the loss of a token depends on the log-probs of others of its trajectory.
+
+    `rule` is a `LossRule`, or a config with its fields.
+    """
+    sequence = rule.importance_sampling_level != "token" or rule.loss_type == "vespo"
+    return sequence or rule.off_policy_mask_threshold is not None
 
 
 @functools.lru_cache(maxsize=64)

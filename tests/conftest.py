@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import types
+import warnings
+
 import hypothesis
 import poison
 import pytest
@@ -54,3 +57,13 @@ def device() -> torch.device:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every test that asks for it runs on both backends; on a CPU the kernels run in the guarded interpreter."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def trl():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("trl")
+        from trl import GRPOTrainer
+        from trl.trainer import utils
+    return types.SimpleNamespace(trainer=GRPOTrainer, utils=utils)

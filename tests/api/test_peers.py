@@ -6,33 +6,18 @@ Role weights enter both without a change to them: TRL accepts per-token advantag
 
 from __future__ import annotations
 
-import types
 import warnings
-from collections import defaultdict
 
-import oracles
 import pytest
 import torch
-from strategies import Batch, make_batch
+from peers import MAX_COMPLETION_LENGTH, NUM_ITEMS_IN_BATCH, TEMPERATURE, peer_batch, trl_loss
+from strategies import Batch
 from torch import Tensor
 
 import srpo
 from srpo import LossConfig
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
-MAX_COMPLETION_LENGTH = 9
-TEMPERATURE = 0.9
-NUM_ITEMS_IN_BATCH = 13.0
-
-
-@pytest.fixture(scope="module")
-def trl():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pytest.importorskip("trl")
-        from trl import GRPOTrainer
-        from trl.trainer import utils
-    return types.SimpleNamespace(trainer=GRPOTrainer, utils=utils)
 
 
 @pytest.fixture(scope="module")
@@ -42,72 +27,6 @@ def triton_grpo_loss():
         pytest.importorskip("liger_kernel")
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
     return triton_grpo_loss
-
-
-class TrainerStub:
-    """What `GRPOTrainer._compute_loss` reads of its trainer: one process, one micro-batch, logits for a model."""
-
-    aux_loss_enabled = False
-    top_entropy_quantile = 1.0
-    off_policy_mask_threshold = None
-    _entropy_bonus_enabled = False
-    vllm_importance_sampling_correction = True
-    current_gradient_accumulation_steps = 1
-
-    def __init__(self, trl, logits: Tensor, config: LossConfig, use_vllm: bool):
-        self.utils, self.logits, self.temperature = trl.utils, logits, config.temperature
-        self.loss_type, self.beta = config.loss_type, config.beta
-        self.importance_sampling_level = config.importance_sampling_level
-        self.epsilon_low, self.epsilon_high = config.epsilon_low, config.epsilon_high
-        self.max_completion_length = config.max_completion_length
-        self.use_vllm = use_vllm
-        self.args = types.SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1)
-        self.model = types.SimpleNamespace(training=True)
-        self.accelerator = types.SimpleNamespace(
-            num_processes=1, gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor
-        )
-        self._metrics = {"train": defaultdict(list)}
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **_options):
-        logits = self.logits[:, :-1] / self.temperature
-        logps = self.utils.selective_log_softmax(logits, input_ids[:, -logits_to_keep:])
-        with torch.no_grad():
-            entropies = self.utils.entropy_from_logits(logits)
-        return logps, entropies, None
-
-
-def trl_loss(trl, leaf: Tensor, batch: Batch, config: LossConfig, advantages: Tensor, ratio: Tensor | None):
-    """TRL's loss, its gradient in the logits and its metrics."""
-    prompt = torch.zeros(batch.role_ids.shape[0], 1, dtype=torch.long, device=leaf.device)
-    stub = TrainerStub(trl, leaf, config, use_vllm=ratio is not None)
-    inputs = {
-        "prompt_ids": prompt,
-        "prompt_mask": prompt + 1,
-        "completion_ids": batch.completion_ids,
-        "completion_mask": batch.completion_mask,
-        "advantages": advantages,
-        "old_per_token_logps": batch.old_logps,
-        "ref_per_token_logps": batch.ref_logps,
-        "importance_sampling_ratio": ratio,
-        "num_items_in_batch": torch.tensor(NUM_ITEMS_IN_BATCH, device=leaf.device),
-    }
-    loss = trl.trainer._compute_loss(stub, stub.model, inputs)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient, {name: values[0] for name, values in stub._metrics["train"].items()}
-
-
-def peer_batch(seed: int, device, vocabulary: int = 33) -> tuple[Batch, Tensor, Tensor]:
-    """A batch that TRL and Liger can read: finite everywhere, legal ids, logits [B, T+1, V]; and random weights."""
-    batch = make_batch(seed, 3, 4, vocabulary=vocabulary, mask_style="ragged", role_style="mixed")
-    batch = batch.map(lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x)
-    ids = batch.completion_ids.clamp(0, vocabulary - 1)
-    drift = batch.old_logps - batch.logps
-    sampled = oracles.log_probs(batch.logits.double(), ids, batch.completion_mask, TEMPERATURE).float()
-    batch = batch.replace(completion_ids=ids, old_logps=sampled + drift, ref_logps=sampled + 2 * drift).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.cat([batch.logits, torch.randn(3, 1, vocabulary, generator=generator).to(device)], dim=1)
-    weights = (0.5 + torch.rand(3, 4, generator=generator)).to(device)
-    return batch, logits, weights
 
 
 def srpo_loss(logits: Tensor, batch: Batch, config: LossConfig, backend: str, **options):

@@ -74,7 +74,7 @@ def test_opcheck_training(monkeypatch, backend, wants, weighs_first):
     weights = torch.where(mask, 1.1, 0.0) if weighs_first else None
     streams = (None,) * 3 if weighs_first else (roles, vectors - 0.5, vectors - 0.1)
     arguments = (hidden, weight, shift, ids, mask, old, vectors, None, mask * 0.7, weights, mask,
-                 torch.tensor([0.5, 0.25]), *streams, None, 0.9, wants, 2 * 7 * 4, "", LOSS, CREDIT,
+                 torch.tensor([0.5, 0.25]), *streams, None, None, None, 0.9, wants, 2 * 7 * 4, "", LOSS, CREDIT,
                  backend)  # fmt: skip
     opcheck(torch.ops.srpo.linear_head_training.default, arguments)
 
@@ -195,8 +195,8 @@ def terms_of(mask, cu_seqlens=None, level="sequence_token", weights=None):
     """Terms that say how rows are grouped, and nothing else."""
     loss = loss_rule(LOSS)._replace(importance_sampling_level=level)
     return LossTerms(
-        None, None, None, mask * 1.0, weights, mask, mask.new_zeros(0), None, None, None, cu_seqlens, loss,
-        credit_rule(CREDIT), "torch",
+        None, None, None, mask * 1.0, weights, mask, mask.new_zeros(0), None, None, None, cu_seqlens, None,
+        None, None, loss, credit_rule(CREDIT), "torch",
     )  # fmt: skip
 
 
