@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -66,7 +67,7 @@ def _run_demo(options: argparse.Namespace) -> int:
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the tables use block characters
-    demo.run(options.model, options.steps or DEMO_STEPS[options.trainer], options.seed)
+    demo.run(options.model, options.steps or DEMO_STEPS[options.trainer], options.seed, Path(options.page))
     return 0
 
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--trainer", choices=tuple(DEMO_STEPS), default="loop", help="a plain loop, or TRL's trainer")
     demo.add_argument("--steps", type=_positive, help="SRPO updates after the warm start; 5 in the loop, 100 with trl")
     demo.add_argument("--seed", type=_not_negative, default=0, help="seed of weights, pictures, sampling and masks")
+    demo.add_argument("--page", metavar="PATH", default="srpo_demo.html", help="where the page of token credit goes")
     commands.add_parser("env", help="print versions, the device and the backend that would be chosen")
     return parser
 

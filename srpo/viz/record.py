@@ -5,7 +5,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -272,7 +272,7 @@ def append_records(path: str | Path, records: Sequence[CreditRecord]) -> None:
     append_lines(path, (record.to_json() for record in records))
 
 
-def append_lines(path: str | Path, lines: Iterator[str]) -> None:
+def append_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Append lines, each whole."""
     with open(path, "ab+") as file:
         if file.seek(0, io.SEEK_END):
