@@ -60,8 +60,10 @@ def credit_html(
     for name, value in (("title", title), ("method", method)):
         if not isinstance(value, str):
             refuse(ConfigError, "credit_html", name, describe(value), "a text", f"pass {name}=str(...)")
-    body = f"<h1>{escaped(title)}</h1>{_introduction(method)}{controls(records, method)}{rollouts_html(records)}"
-    return whole_page(title, body, rollout_data(records))
+    body = (
+        f"<h1>{escaped(title)}</h1>{_introduction(method)}{controls(records, method)}{rollouts_html(ordered(records))}"
+    )
+    return whole_page(title, body, rollout_data(ordered(records)))
 
 
 def whole_page(title: str, body: str, data: str = "[]") -> CreditPage:
@@ -80,7 +82,7 @@ def rollout_data(records: Sequence[CreditRecord]) -> str:
     """Return what the page says of tokens, as JSON that no `</script>` of a completion can leave."""
     rows = [
         {name: plain(getattr(x, name), 5) for name in (*PER_TOKEN, "advantage") if getattr(x, name) is not None}
-        for x in ordered(records)
+        for x in records
     ]
     text = json.dumps(rows, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -109,10 +111,16 @@ def controls(records: Sequence[CreditRecord], method: str) -> str:
     )
 
 
-def rollouts_html(records: Sequence[CreditRecord]) -> str:
-    """Return the rollouts, group by group, under their prompts and pictures."""
-    limit, parts, last = scale_limit(records), [], object()
-    for index, record in enumerate(ordered(records)):
+def rollouts_html(records: Sequence[CreditRecord], limit: float | None = None, first: int = 0) -> str:
+    """Return rollouts as they are ordered, those of a group under their prompt and pictures.
+
+    Args:
+        records: the rollouts.
+        limit: of the scale; None: that of these rollouts.
+        first: place of the first one in the data of the page.
+    """
+    limit, parts, last = limit or scale_limit(records), [], object()
+    for index, record in enumerate(records, start=first):
         if _group(record) != last:
             last = _group(record)
             parts.append(_prompt(record))
