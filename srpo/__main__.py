@@ -1,17 +1,19 @@
-"""The command line: `python -m srpo demo` and `python -m srpo env`."""
+"""The command line: `python -m srpo demo`, `env` and `report`."""
 
 import argparse
 import importlib
 import io
+import json
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from srpo import checks
-from srpo.errors import IncompatibleVersionError
+from srpo.errors import IncompatibleVersionError, SRPOError
 
 MODELS = ("idefics3", "qwen2_5_vl", "qwen3_vl", "llava")
 DEMO_PACKAGES = {  # module: distribution
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "env":
         print(environment())
         return 0
+    if options.command == "report":
+        return _report(options)
     return _run_demo(options)
 
 
@@ -46,6 +50,23 @@ def environment() -> str:
     lines |= {'backend="auto"': checks.backend_of(call, "auto", torch.float32)}
     width = max(map(len, lines)) + 2
     return "\n".join(f"{key:<{width}}{value}" for key, value in lines.items())
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write the page of a run and print its summary: 0, also where warnings apply; 2 where there is no run."""
+    from srpo.viz.report import run_report, summary_text
+
+    try:
+        report = run_report(options.run_dir)
+        page = report.page.save(options.page or Path(options.run_dir, "srpo_report.html"))
+    except (SRPOError, OSError) as error:
+        print(f"python -m srpo report: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report.summary | {"page": str(page.resolve())}, indent=1, allow_nan=False))
+    else:
+        print(f"{summary_text(report.summary)}\n\npage  {page.resolve()}")
+    return 0
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -66,7 +87,7 @@ def _run_demo(options: argparse.Namespace) -> int:
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the tables use block characters
-    demo.run(options.model, options.steps or DEMO_STEPS[options.trainer], options.seed)
+    demo.run(options.model, options.steps or DEMO_STEPS[options.trainer], options.seed, Path(options.page))
     return 0
 
 
@@ -82,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--trainer", choices=tuple(DEMO_STEPS), default="loop", help="a plain loop, or TRL's trainer")
     demo.add_argument("--steps", type=_positive, help="SRPO updates after the warm start; 5 in the loop, 100 with trl")
     demo.add_argument("--seed", type=_not_negative, default=0, help="seed of weights, pictures, sampling and masks")
+    demo.add_argument("--page", metavar="PATH", default="srpo_demo.html", help="where the page of token credit goes")
+    report = commands.add_parser("report", help="say what a training run did: curves, warnings, rollouts with credit")
+    report.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, also of one that was killed")
+    report.add_argument("--page", metavar="PATH", help="where the page goes; RUN_DIR/srpo_report.html if not said")
+    report.add_argument("--json", action="store_true", help="print the summary as JSON")
     commands.add_parser("env", help="print versions, the device and the backend that would be chosen")
     return parser
 

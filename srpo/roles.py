@@ -102,6 +102,32 @@ def role_ids_from_completions(
     return RoleParse(*(torch.from_numpy(array).to(device) for array in (role_ids, parsed, unclosed, stray)))
 
 
+def token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Return what each token of one completion adds to its text.
+
+    Tokens that hold a part of a character, as bytes of an emoji do, add nothing until the one that completes it.
+    """
+    table = _piece_table(tokenizer)
+    known = np.minimum(np.array(ids, dtype=np.int64), table.size)
+    table.add(known, tokenizer)
+    texts: list[str] = table.pieces[known].tolist()
+    held: list[int] = []
+    for place, text in enumerate(texts):
+        if _BROKEN not in text:
+            held = []
+            continue
+        held.append(place)
+        if len(held) > 1:  # together they may spell what none of them does alone
+            whole = _joined(tokenizer, [ids[i] for i in held], table.anchor)
+            if not whole.endswith(_BROKEN):
+                for i in held:
+                    texts[i] = ""
+                texts[place], held = whole, []
+            elif len(held) == _MOST_HELD:
+                held = []
+    return texts
+
+
 class _OpenTags:
     """Keep the open tags of one response; opening and closing take constant time however deep they nest."""
 
@@ -132,6 +158,8 @@ class _OpenTags:
 
 _FAILED: WeakKeyDictionary[Tokenizer, dict[RoleGrammar, int]] = WeakKeyDictionary()
 _FIRST_ROLLOUTS = 3
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that spell no character
+_MOST_HELD = 8  # tokens; the longest character has four bytes
 
 
 def warn_of_roles_that_never_parse(
@@ -222,8 +250,8 @@ class _PieceTable:
         self.pieces = np.full(size + 1, "", dtype=object)  # the last one stands for all ids beyond
         self.lengths = np.zeros(size + 1, dtype=np.int64)
         self._known = np.arange(size + 1) == size
-        self._anchor = _find_anchor(tokenizer)
-        head = [_continuation(tokenizer, index, self._anchor) for index in range(min(size, 64))]
+        self.anchor = _find_anchor(tokenizer)
+        head = [_continuation(tokenizer, index, self.anchor) for index in range(min(size, 64))]
         # A tokenizer without a decoder joins tokens with spaces that were never in the text.
         self._spaces_are_separators = all(piece.startswith(" ") for piece in head)
 
@@ -233,7 +261,7 @@ class _PieceTable:
             fix = "set completion_mask to 0 where ids are padding"
             _refuse(RoleParseError, "completion_ids", f"the valid id {ids.min()}", "ids of at least 0", fix)
         for index in np.unique(ids[~self._known[ids]]).tolist():
-            piece = _continuation(tokenizer, index, self._anchor)
+            piece = _continuation(tokenizer, index, self.anchor)
             if self._spaces_are_separators:
                 piece = piece.removeprefix(" ")
             self.pieces[index] = piece
@@ -272,11 +300,16 @@ def _find_anchor(tokenizer: Tokenizer) -> tuple[int, str] | None:
 
 def _continuation(tokenizer: Tokenizer, index: int, anchor: tuple[int, str] | None) -> str:
     """Return the text that a token adds in the middle of a response."""
+    return _joined(tokenizer, [index], anchor)
+
+
+def _joined(tokenizer: Tokenizer, ids: list[int], anchor: tuple[int, str] | None) -> str:
+    """Return the text that tokens add together in the middle of a response."""
     if anchor is not None:
-        text = _decode(tokenizer, [anchor[0], index])
+        text = _decode(tokenizer, [anchor[0], *ids])
         if text.startswith(anchor[1]) and len(text) > len(anchor[1]):
             return text[len(anchor[1]) :]
-    return _decode(tokenizer, [index])
+    return _decode(tokenizer, ids)
 
 
 def _checked_arrays(completion_ids: Any, completion_mask: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,15 @@ import torch
 
 import srpo
 import srpo.rollout
+import srpo.viz
 
 NAMES = {name: getattr(srpo, name) for name in srpo.__all__} | {"credit_rollout": srpo.rollout.credit_rollout}
+NAMES |= {name: getattr(srpo.viz, name) for name in srpo.viz.__all__}
 STARTED_WITH = (
     "role_weighted_grpo_loss", "role_weighted_grpo_loss_from_logps", "role_weighted_grpo_loss_from_hidden",
     "selected_logps", "selected_logps_from_hidden", "role_contrast", "token_weights", "token_advantages",
     "group_advantages", "role_ids_from_completions", "corrupt_images", "credit_rollout",
+    "credit_records", "credit_html", "credit_table",
 )  # fmt: skip
 
 

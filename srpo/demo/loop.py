@@ -1,12 +1,13 @@
 """What `python -m srpo demo` runs: SRPO updates of a small vision-language model, and a look at who got the credit.
 
 Each step samples rollouts, parses their roles, scores the three streams without a gradient and updates the policy with
-`role_weighted_grpo_loss`. Every number that is printed was computed by that run.
+`role_weighted_grpo_loss`. Every number that is printed, or on the page that is written, was computed by that run.
 """
 
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,10 @@ from torch import Tensor
 import srpo
 from srpo import Role
 from srpo.demo.task import (
+    MERGE,
+    PATCH,
+    PROMPT,
+    QUESTION,
     Completions,
     Example,
     TinyVLM,
@@ -33,20 +38,21 @@ from srpo.demo.task import (
     warm_start,
     with_completions,
 )
-from srpo.vision.scoring import score_streams
+from srpo.vision.scoring import StreamLogps, score_streams
+from srpo.viz import CreditPage, CreditRecord, credit_html, credit_records, credit_table
+from srpo.viz.table import STYLES, signed
 
 WARM_START_STEPS = 200  # at most
 PROMPTS, ROLLOUTS = 8, 8
 LEARNING_RATE = 3e-4
-ROLE_STYLES = {Role.OTHER: "dim", Role.PERCEPTION: "cyan", Role.REASONING: "magenta"}
 STEPS_LEGEND = (
     "[dim]perception, reasoning: mean contrast of these tokens in nats. weights: smallest and largest. The loss is "
     "near 0 because the advantages of a group sum to 0 and weights average 1; its gradient (grad: norm) is not.[/]"
 )
 TOKENS_LEGEND = (
     "[dim]contrast: nats that a token loses when parts of the image are masked (perception) or the perception is "
-    "hidden (reasoning). weight: positive, mean 1 over perception and reasoning; it multiplies the advantage, so "
-    "sizes change, signs and reward do not.[/]"
+    "hidden (reasoning). GRPO: its advantage, the same for every token. SRPO: that times the weight, which is positive "
+    "and averages 1 over perception and reasoning: sizes change, signs and reward do not.[/]"
 )
 
 
@@ -54,22 +60,26 @@ class Step(NamedTuple):
     """What one update computed, per rollout."""
 
     examples: list[Example]
+    corrupted: list[Any]
     completions: Completions
     roles: srpo.RoleParse
     rewards: Tensor
     advantages: Tensor
+    streams: StreamLogps
     contrast: Tensor
     output: srpo.LossOutput
     gradient_norm: float
     seconds: float
 
 
-def run(family: str, steps: int, seed: int) -> None:
-    """Warm a model up, update it `steps` times with SRPO, and print what happened."""
+def run(family: str, steps: int, seed: int, page: Path) -> None:
+    """Warm a model up, update it `steps` times with SRPO, print what happened, and write the page."""
     start = time.perf_counter()
     console, vlm, generator = warmed_up(family, seed, PROMPTS, ROLLOUTS, "a loop of its own")
     history = _update(console, vlm, generator, steps)
-    print_report(console, vlm, history)
+    records = records_of(vlm, history[-1])
+    print_report(console, history, records)
+    write_page(console, credit_html(records, title="srpo demo: who got the credit in the last step"), page)
     console.print(seconds_and_memory(start))
 
 
@@ -104,6 +114,9 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
     advantages = srpo.group_advantages(rewards, groups)
 
     roles = srpo.role_ids_from_completions(completions.ids, vlm.tokenizer, completion_mask=completions.mask)
+    pictures = [example.image for example in examples]
+    corrupted = srpo.corrupt_images(pictures, srpo.PatchMask(cell=PATCH * MERGE), seed=[PROMPT] * len(pictures))
+    dark = [example._replace(image=picture) for example, picture in zip(examples, corrupted, strict=True)]
     multimodal: dict[str, Any] = dict(inputs)
     streams = score_streams(
         vlm.model,
@@ -111,7 +124,7 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
         multimodal.pop("attention_mask"),
         completions.ids.shape[1],
         role_ids=roles.role_ids,
-        generator=generator,
+        corrupted_inputs={"pixel_values": model_inputs(vlm, dark)["pixel_values"]},
         **multimodal,
     )
     output = srpo.role_weighted_grpo_loss(
@@ -137,7 +150,9 @@ def srpo_step(vlm: TinyVLM, optimizer: torch.optim.Optimizer, generator: torch.G
         completion_mask=completions.mask,
     )
     seconds = time.perf_counter() - start
-    return Step(examples, completions, roles, rewards, advantages, contrast, output, norm.item(), seconds)
+    return Step(
+        examples, corrupted, completions, roles, rewards, advantages, streams, contrast, output, norm.item(), seconds
+    )
 
 
 def _warm_start(console: Console, vlm: TinyVLM, generator: torch.Generator) -> None:
@@ -183,11 +198,41 @@ def _print_header(console: Console, vlm: TinyVLM, prompts: int, rollouts: int, t
     console.print()
 
 
-def print_report(console: Console, vlm: TinyVLM, history: list[Step]) -> None:
+def print_report(console: Console, history: list[Step], records: list[CreditRecord]) -> None:
     """Print a line for each step, and the tokens of one rollout of the last step."""
     row = _row_to_show(history[-1])
-    console.print(_steps_table(history), STEPS_LEGEND, "", _rollout_card(history[-1], row), sep="\n")
-    console.print(_token_table(vlm, history[-1], row), TOKENS_LEGEND, "", sep="\n")
+    console.print(_steps_table(history), STEPS_LEGEND, "", _rollout_card(history[-1], row), "", sep="\n")
+    console.print(credit_table(records[row]), TOKENS_LEGEND, "", sep="\n")
+
+
+def records_of(vlm: TinyVLM, step: Step) -> list[CreditRecord]:
+    """Return the rollouts of a step with their credit, as they are drawn."""
+    n = len(step.examples)
+    return credit_records(
+        step.completions.ids,
+        vlm.tokenizer,
+        step.output.weights,
+        completion_mask=step.completions.mask,
+        roles=step.roles,
+        streams=step.streams,
+        advantages=step.advantages,
+        rewards=step.rewards,
+        group_ids=torch.arange(n, device=step.rewards.device) // ROLLOUTS,
+        prompts=[QUESTION.strip()] * n,
+        answers=[str(example.left + example.right) for example in step.examples],
+        images=[example.image for example in step.examples],
+        corrupted_images=step.corrupted,
+    )
+
+
+def write_page(console: Console, page: CreditPage, path: Path) -> None:
+    """Write a page, or say why it could not be written."""
+    try:
+        place = page.save(path).resolve()
+    except OSError as error:
+        console.print(f"[bold]page[/]  not written: {error}; pass --page PATH", soft_wrap=True)
+        return
+    console.print(f"[bold]page[/]  {place}", soft_wrap=True)
 
 
 def _steps_table(history: list[Step]) -> Table:
@@ -195,7 +240,7 @@ def _steps_table(history: list[Step]) -> Table:
     for heading in ("step", "reward", "parsed", "loss", "grad", "weights"):
         table.add_column(heading, justify="right")
     for role in (Role.PERCEPTION, Role.REASONING):
-        table.add_column(role.name.lower(), justify="right", style=ROLE_STYLES[role])
+        table.add_column(role.name.lower(), justify="right", style=STYLES[role])
     table.add_column("time", justify="right")
     for number, step in enumerate(history, start=1):
         role_ids, weights = step.roles.role_ids, step.output.weights
@@ -207,7 +252,7 @@ def _steps_table(history: list[Step]) -> Table:
             f"{step.output.loss:+.4f}",
             f"{step.gradient_norm:.3f}",
             f"{credited.min():.2f}-{credited.max():.2f}" if credited.numel() else "none",
-            *(signed(step.contrast[role_ids == role].mean()) for role in (Role.PERCEPTION, Role.REASONING)),
+            *(signed(float(step.contrast[role_ids == role].mean()), 2) for role in (Role.PERCEPTION, Role.REASONING)),
             f"{step.seconds:.1f} s",
         )
     return table
@@ -239,35 +284,6 @@ def _picture(example: Example) -> Text:
     shades = " ░▒▓█"
     lines = ["".join(2 * shades[int(value) * len(shades) // 256] for value in row) for row in pixels]
     return Text("\n".join(lines))
-
-
-def _token_table(vlm: TinyVLM, step: Step, row: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("token")
-    table.add_column("role")
-    for heading in ("contrast", "weight", "advantage"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    token_advantages = srpo.token_advantages(step.advantages, step.output.weights)
-    for column in range(int(step.completions.mask[row].sum())):
-        role = Role(int(step.roles.role_ids[row, column]))
-        weight = float(step.output.weights[row, column])
-        credited = role is not Role.OTHER
-        table.add_row(
-            Text(vlm.tokenizer.decode([int(step.completions.ids[row, column])]).strip()),
-            role.name.lower() if credited else "",
-            signed(step.contrast[row, column]) if credited else "",
-            f"{weight:.2f}",
-            f"{token_advantages[row, column]:+.3f}",
-            "━" * round(10 * weight) if credited else "",
-            style=ROLE_STYLES[role],
-        )
-    return table
-
-
-def signed(value: Tensor | float) -> str:
-    """Format a contrast."""
-    return f"{round(float(value), 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"
 
 
 def seconds_and_memory(start: float) -> str:

@@ -26,7 +26,8 @@ IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # pixels, pixels per patch, patches per sid
 IMAGE_TOKENS = (IMAGE_SIZE // (PATCH * MERGE)) ** 2
 HIDDEN_SIZE = 96
 SPECIAL = ["<pad>", "<eos>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|video|>", "<|user|>", "<|assistant|>"]
-PROMPT = f"<|user|><|vision_start|>{'<image>' * IMAGE_TOKENS}<|vision_end|> what is the sum ?<|assistant|>"
+QUESTION = " what is the sum ?"
+PROMPT = f"<|user|><|vision_start|>{'<image>' * IMAGE_TOKENS}<|vision_end|>{QUESTION}<|assistant|>"
 RESPONSE = (
     "<perception> the left digit is {left} and the right digit is {right} </perception>"
     " <think> {left} plus {right} makes {total} </think> <answer> {total} </answer><eos>"

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from srpo.demo.loop import progress_bar, seconds_and_memory, signed, warmed_up
+from srpo.demo.loop import progress_bar, seconds_and_memory, warmed_up, write_page
 from srpo.demo.task import (
     IMAGE_TOKENS,
     MAX_COMPLETION_LENGTH,
-    PROMPT,
+    QUESTION,
     SPECIAL,
     TinyVLM,
     answers,
@@ -28,10 +29,11 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from datasets import Dataset, disable_progress_bars
 
 from srpo.integrations.trl import SRPOConfig, SRPOTrainer
+from srpo.viz import CreditPage
+from srpo.viz.table import signed
 
 PROMPTS, ROLLOUTS = 8, 8
 LEARNING_RATE = 3e-4
-QUESTION = PROMPT.partition("<|vision_end|>")[2].partition("<|assistant|>")[0]
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|user|><|vision_start|><image>"
     "<|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}<|assistant|>"
@@ -84,8 +86,8 @@ class Bar(transformers.TrainerCallback):
         self.progress.stop()
 
 
-def run(family: str, steps: int, seed: int) -> None:
-    """Warm a model up, train it with `SRPOTrainer`, and print what the trainer logged."""
+def run(family: str, steps: int, seed: int, page: Path) -> None:
+    """Warm a model up, train it with `SRPOTrainer`, print what the trainer logged, and write the page of the end."""
     start = time.perf_counter()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
@@ -94,7 +96,10 @@ def run(family: str, steps: int, seed: int) -> None:
         trainer = make_trainer(vlm, steps, seed, generator, folder)
         trainer.add_callback(Bar(console, steps))
         trainer.train()
+        last = max(Path(folder, "credit").glob("step_*.html"))
+        text = last.read_text(encoding="utf-8")
     console.print(table_of([row for row in trainer.state.log_history if "reward" in row]))
+    write_page(console, CreditPage(text), page)
     console.print(seconds_and_memory(start))
 
 
@@ -112,7 +117,7 @@ def make_trainer(
         lr_scheduler_type="constant", per_device_train_batch_size=PROMPTS * ROLLOUTS, num_generations=ROLLOUTS,
         max_completion_length=MAX_COMPLETION_LENGTH, generation_kwargs={"suppress_tokens": banned}, bf16=False,
         use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, log_level="error",
+        report_to="none", disable_tqdm=True, log_level="error", log_credit_steps=max(1, steps - 1),
     )  # fmt: skip
     trainer = SRPOTrainer(
         model=vlm.model, reward_funcs=is_right, args=config, train_dataset=Dataset.from_dict(columns),
@@ -137,7 +142,7 @@ def table_of(log: list[dict[str, float]]) -> Table:
     for first in range(0, len(log), n):
         rows = log[first : first + n]
         contrasts = [
-            signed(_mean(rows, *(f"srpo/{role}/{sign}/contrast_mean" for sign in ("positive", "negative"))))
+            signed(_mean(rows, *(f"srpo/{role}/{sign}/contrast_mean" for sign in ("positive", "negative"))), 2)
             for role in ("perception", "reasoning")
         ]
         table.add_row(

@@ -20,9 +20,10 @@ from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
 from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_weights
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
+from srpo.integrations.trl_pages import CreditLog
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
-from srpo.rollout import RoleFunction, ScoredStreams, credit_rollout
+from srpo.rollout import CreditedRollout, RoleFunction, ScoredStreams, credit_rollout
 from srpo.vision.scoring import score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
@@ -37,6 +38,7 @@ _SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "ad
 _METHODS = {
     "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
@@ -115,6 +117,16 @@ class SRPOTrainer(GRPOTrainer):
         self.credit = self.args.credit_settings()
         self.role_func = role_func
         self._shown: Shown | None = None
+        self._rewards: Tensor | None = None
+        self._credit_log: CreditLog | None = None
+        if self.args.log_credit_steps is not None and self.is_world_process_zero():
+            self._credit_log = CreditLog(self.args.log_credit_steps, cast(str, self.args.output_dir))
+            self.add_callback(self._credit_log)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards = rewards
+        return rewards
 
     def _generate(self, prompts: list[Any]) -> Any:
         output = super()._generate(prompts)
@@ -128,13 +140,23 @@ class SRPOTrainer(GRPOTrainer):
         if self._shown is not None and self._shown.images is None:  # TRL falls back on them, too
             self._shown = self._shown._replace(images=dataset_images(inputs))
         step = self.state.global_step
-        if not self.credit.streams_at(step):
+        is_weighed, is_logged = bool(self.credit.streams_at(step)), self._is_logged(step)
+        if not is_weighed and not is_logged:
             return output
         for name in _SCORED:
             if not isinstance(output.get(name), Tensor):
                 _refuse_version(f"the output of {GRPOTrainer.__name__}: {name}", repr(output.get(name)), "a tensor")
         mask = output["completion_mask"]  # without tokens that a tool wrote: no policy sampled them
         mask = (mask if output.get("tool_mask") is None else mask * output["tool_mask"]) != 0
+        advantages = output["advantages"]
+        credited = self._weigh(output, mask, step) if is_weighed else None
+        if is_logged:
+            credited = credited or CreditedRollout(advantages, mask.float(), {}, None, None)
+            self._log_credit(inputs, output, credited, advantages, mask)
+        return output
+
+    def _weigh(self, output: dict[str, Any], mask: Tensor, step: int) -> CreditedRollout:
+        """Put the advantages of each token into the output, and what was measured into the metrics."""
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self._warn_of_padding((output["prompt_ids"] == tokenizer.pad_token_id) & (output["prompt_mask"] != 0))
         if output["advantages"].shape != mask.shape[:1]:
@@ -149,7 +171,19 @@ class SRPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in credited.metrics.items():
             self._metrics[mode][name].append(value)
-        return output
+        return credited
+
+    def _is_logged(self, step: int) -> bool:
+        return self._credit_log is not None and self.model.training and self._credit_log.is_due(step)
+
+    def _log_credit(
+        self, inputs: list[dict[str, Any]], output: dict[str, Any], credited: CreditedRollout, advantages: Tensor,
+        mask: Tensor,
+    ) -> None:  # fmt: skip
+        """Write a page of this rank, which is the first: its rows are the first of what was gathered."""
+        rewards = (cast(Tensor, self._rewards) * self.reward_weights.to(mask.device)).nansum(dim=1)[: len(mask)]
+        log = cast(CreditLog, self._credit_log)
+        log.write(self, inputs, output, credited, advantages, mask, rewards, self._shown)
 
     def _warn_of_padding(self, counted: Tensor) -> None:
         """Say that a processor which pads by itself makes TRL take padding for a part of the prompt."""

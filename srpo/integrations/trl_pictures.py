@@ -34,6 +34,25 @@ def dataset_images(inputs: list[dict[str, Any]]) -> list[Any] | None:
     return None
 
 
+def shown_pictures(
+    trainer: Any, shown: Shown | None, rows: list[int], corruption: Any
+) -> tuple[list[Any] | None, list[Any] | None]:
+    """Return the pictures of some rows, and the same corrupted as `corrupted_inputs` corrupts them.
+
+    None where the rollout had no pictures; a corruption that mixes pictures of a batch is that of the whole batch.
+    """
+    if shown is None or shown.images is None:
+        return None, None
+    opened = [None if x is None else [_opened(picture) for picture in x] for x in shown.images]
+    wanted = rows if corruption.is_per_picture else list(range(len(opened)))
+    texts = _texts(trainer, shown.prompts)
+    processor: Any = trainer.processing_class
+    seeds = [texts[i] for i in wanted]
+    dark = corrupt_images([opened[i] for i in wanted], corruption, seed=seeds, processor=processor)
+    by_row = dict(zip(wanted, dark, strict=True))
+    return [opened[i] for i in rows], [by_row[i] for i in rows]
+
+
 def corrupted_inputs(trainer: Any, shown: Shown, clean: Mapping[str, Any], corruption: Any) -> dict[str, Tensor]:
     """Return what replaces the tensors of `clean`; each prompt is corrupted and processed once, not once a rollout.
 

@@ -33,6 +33,7 @@ from srpo.demo.task import (
     warm_start,
     with_completions,
 )
+from srpo.viz import CreditPage
 
 CELL = PATCH * MERGE
 
@@ -255,26 +256,27 @@ def test_a_step_moves_the_policy(vlm: TinyVLM, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_report_shows_every_token_and_fits(width: int, trained: TinyVLM, step: demo.Step):
     console = Console(file=io.StringIO(), width=width)
-    demo.print_report(console, trained, [step, step])
+    demo.print_report(console, [step, step], demo.records_of(trained, step))
     text = console.file.getvalue()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     assert f"{step.rewards.mean():.2f}" in text
 
     row = int(torch.where(step.roles.parsed & ~step.roles.unclosed, step.advantages, -torch.inf).argmax())
-    table = [line.split() for line in text.partition("token  ")[2].partition("contrast:")[0].splitlines()[2:-1]]
+    table = [line.split() for line in text.partition("token  ")[2].partition("contrast:")[0].splitlines()[2:]]
     ids = step.completions.ids[row][step.completions.mask[row]].tolist()
     roles = step.roles.role_ids[row].tolist()
     assert [line[0] for line in table] == [trained.tokenizer.decode([index]).strip() for index in ids]
     for column, line in enumerate(table):
         weight = f"{step.output.weights[row, column]:.2f}"
         advantage = f"{step.advantages[row] * step.output.weights[row, column]:+.3f}"
+        flat = f"{step.advantages[row]:+.3f}"
         if roles[column]:
             assert line[1] == Role(roles[column]).name.lower()
             assert float(line[2]) == pytest.approx(float(step.contrast[row, column]), abs=0.0051)
-            assert line[3:5] == [weight, advantage]
+            assert line[3:6] == [flat, weight, advantage]
         else:
-            assert line[1:3] == [weight, advantage]
+            assert line[1:4] == [flat, weight, advantage]
 
 
 def test_a_batch_without_any_roles_can_be_printed(vlm: TinyVLM, monkeypatch: pytest.MonkeyPatch):
@@ -284,7 +286,24 @@ def test_a_batch_without_any_roles_can_be_printed(vlm: TinyVLM, monkeypatch: pyt
     nothing = report.roles._replace(
         role_ids=torch.zeros_like(report.roles.role_ids), parsed=torch.zeros_like(report.roles.parsed)
     )
-    demo.print_report(Console(file=io.StringIO(), width=80), vlm, [report._replace(roles=nothing)])
+    report = report._replace(roles=nothing)
+    demo.print_report(Console(file=io.StringIO(), width=80), [report], demo.records_of(vlm, report))
+
+
+def test_the_page_shows_the_pictures_that_were_scored(trained: TinyVLM, step: demo.Step):
+    records = demo.records_of(trained, step)
+    assert len({x.group for x in records}) == demo.PROMPTS
+    for picture, dark in zip((x.image for x in step.examples), step.corrupted, strict=True):
+        clean, hidden = np.asarray(picture), np.asarray(dark)
+        cells = (clean != hidden).reshape(2, CELL, 2, CELL, 3).any(axis=(1, 3, 4))
+        assert not hidden.reshape(2, CELL, 2, CELL, 3).transpose(0, 2, 1, 3, 4)[cells].any()  # black, or as it was
+    assert records[0].logps == pytest.approx(step.streams.logps[0, : len(records[0].tokens)].tolist())
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    demo.write_page(console, CreditPage("x"), tmp_path / "missing" / "page.html")
+    assert "not written" in console.file.getvalue()
 
 
 # ---- command line ----
@@ -294,13 +313,16 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return run_python("-m", "srpo", *arguments, COLUMNS="80", TRITON_INTERPRET="0", **environment)
 
 
-def test_the_demo_runs():
-    result = run("demo", "--steps", "2", PYTHONIOENCODING="utf-8")
+def test_the_demo_runs(tmp_path):
+    page = tmp_path / "page.html"
+    result = run("demo", "--steps", "2", "--page", str(page), PYTHONIOENCODING="utf-8")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    for word in ("idefics3", "warm start", "reward", "weights", "<perception>", "reasoning", "peak memory"):
+    for word in ("idefics3", "warm start", "reward", "weights", "<perception>", "reasoning", "GRPO", "peak memory"):
         assert word in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert max(len(line) for line in result.stdout.splitlines() if str(page) not in line) <= 80
+    assert f"page  {page}" in result.stdout
+    assert page.read_text(encoding="utf-8").count("<article>") == demo.PROMPTS * demo.ROLLOUTS
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,9 @@ def test_two_steps_of_every_family(vlm, tmp_path):
     assert "1-1" in console.file.getvalue()
 
 
-def test_the_command():
-    arguments = ("-m", "srpo", "demo", "--trainer", "trl", "--steps", "3")
+def test_the_command(tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ("-m", "srpo", "demo", "--trainer", "trl", "--steps", "3", "--page", str(page))
     run = run_python(*arguments, PYTHONIOENCODING="utf-8", PYTHONWARNINGS="default")
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.split() for line in run.stdout.splitlines()]
@@ -52,3 +53,5 @@ def test_the_command():
     assert len(steps) == 3
     assert all(0 < float(line[1]) <= 1 for line in steps)
     assert all(line[3] == "100%" for line in steps)  # after the warm start every response has both roles
+    assert "Token credit at step 2" in page.read_text(encoding="utf-8")
+    assert str(page) in run.stdout
