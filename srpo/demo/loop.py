@@ -38,7 +38,7 @@ from srpo.demo.task import (
     warm_start,
     with_completions,
 )
-from srpo.vision.scoring import StreamLogps, score_streams
+from srpo.vision.scoring import StreamDivergences, StreamLogps, score_streams
 from srpo.viz import CreditPage, CreditRecord, credit_html, credit_records, credit_table
 from srpo.viz.table import STYLES, signed
 
@@ -65,7 +65,7 @@ class Step(NamedTuple):
     roles: srpo.RoleParse
     rewards: Tensor
     advantages: Tensor
-    streams: StreamLogps
+    streams: StreamLogps | StreamDivergences
     contrast: Tensor
     output: srpo.LossOutput
     gradient_norm: float

@@ -3,7 +3,8 @@
     trainer = SRPOTrainer(model, reward_funcs, args=SRPOConfig(output_dir=..., credit="srpo"), train_dataset=...)
 
 It overrides the advantage stage: roles come from the completions, streams from `score_streams`, and `advantages`
-becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for sampling engines, KL and metrics keep working.
+becomes `[B, T]`. The loss is TRL's own: its loss types, corrections for sampling engines, KL and metrics keep working;
+`SRPOConfig(fused_loss=True)` computes the same from hidden states.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
 from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_weights
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
+from srpo.integrations.trl_fused import check_model, fused_loss
 from srpo.integrations.trl_pages import CreditLog
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
@@ -116,6 +118,8 @@ class SRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *arguments, **named)
         self.credit = self.args.credit_settings()
         self.role_func = role_func
+        if self.args.fused_loss:
+            check_model(self)
         self._shown: Shown | None = None
         self._rewards: Tensor | None = None
         self._credit_log: CreditLog | None = None
@@ -127,6 +131,11 @@ class SRPOTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = rewards
         return rewards
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self.args.fused_loss:
+            return super()._compute_loss(model, inputs)
+        return fused_loss(self, model, inputs, _MODEL_INPUTS)
 
     def _generate(self, prompts: list[Any]) -> Any:
         output = super()._generate(prompts)

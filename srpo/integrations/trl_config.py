@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NoReturn
 
 from srpo.config import PRESETS
 from srpo.errors import ConfigError, IncompatibleVersionError, is_int, refuse
+from srpo.integrations.trl_fused import check_settings
 from srpo.settings import CreditSettings
 
 TESTED = ("1.14.2", "1.16.0")
@@ -34,6 +35,9 @@ class SRPOConfig(GRPOConfig):
             0.5}`; None: `PatchMask()`.
         ablation: how perception is hidden, `"mask"`, `"delete"` or None, as in `score_streams`.
         stream_batch_size: sequences a forward of `score_streams`; None: `per_device_train_batch_size`.
+        fused_loss: compute TRL's loss, for every `loss_type`, from hidden states: logits of completions never exist,
+            and masked rows and rows with an advantage of 0 cost no head product. Equal to TRL's within rounding; what
+            it does not cover is refused by name. The `entropy` that is logged is that of the rows that were scored.
         log_credit_steps: every so many steps the main process writes rollouts with their credit as a page,
             `credit/step_0000.html` under `output_dir`, and as lines of `credit/rollouts.jsonl`; what is logged goes
             to `credit/metrics.jsonl`, and the page to W&B and trackio, a picture to TensorBoard, where `report_to`
@@ -56,6 +60,7 @@ class SRPOConfig(GRPOConfig):
     ablation: str | None = field(default=None, metadata={"help": "'mask' or 'delete': how perception is hidden."})
     perception_hiding: str | None = field(default=None, metadata={"help": "The old name of ablation."})
     stream_batch_size: int | None = field(default=None, metadata={"help": "Sequences per scoring forward."})
+    fused_loss: bool = field(default=False, metadata={"help": "Compute the loss from hidden states."})
     log_credit_steps: int | None = field(default=None, metadata={"help": "Steps between pages of token credit."})
 
     def __post_init__(self) -> None:
@@ -72,6 +77,8 @@ class SRPOConfig(GRPOConfig):
         if self.log_credit_steps is not None and not (is_int(self.log_credit_steps) and self.log_credit_steps > 0):
             got, fix = repr(self.log_credit_steps), "pass log_credit_steps=50"
             refuse(ConfigError, "SRPOConfig", "log_credit_steps", got, "None or an int of at least 1", fix)
+        if self.fused_loss:
+            check_settings(self)
         # A weighted mean of the log-ratios is constant over a sequence: weights of mean 1 cancel in it.
         cancels = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
         if cancels and credit != PRESETS["grpo"]:
