@@ -53,7 +53,7 @@ def test_ten_steps_are_those_of_trl(name, tmp_path):
             assert column(ours, metric) == pytest.approx(column(plain, metric), rel=1e-3, abs=1e-5), metric
     for x, y in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
         gap = (x - y).abs().detach()
-        assert gap.mean() < 1e-6
+        assert gap.mean() < 1e-5
         assert gap.max() < 5e-4  # Adam makes a step of the size of lr out of a gradient that is all rounding
 
 
