@@ -42,14 +42,18 @@ def _contrast_block(
             corrupted = tl.load(corrupted_ptr + tokens, mask=role == 1, other=0.0).to(tl.float32)
             ablated = tl.load(ablated_ptr + tokens, mask=role == 2, other=0.0).to(tl.float32)
             against = tl.where(role == 1, corrupted, ablated)
-        raw = against
-        if KIND != "kl":  # of which a stream holds its divergences
+        if KIND == "kl":  # a stream holds its divergences, which are at least 0; what nobody credits is loaded as 0
+            no_value = against != against
+            c = tl.minimum(tl.where(no_value, 0.0, against), clamp)
+            if ONE_PASS:
+                c = tl.where(role == 2, -c, c)
+        else:
             raw = tl.load(base_ptr + tokens, mask=credited, other=0.0).to(tl.float32) - against
-        if ONE_PASS:
-            raw = tl.where(role == 2, -raw, raw)
-        no_value = raw != raw
-        d = tl.minimum(tl.maximum(tl.where(no_value, 0.0, raw), -clamp), clamp)
-        c = tl.where(credited, contrast_of(d, KIND), 0.0)
+            if ONE_PASS:
+                raw = tl.where(role == 2, -raw, raw)
+            no_value = raw != raw
+            d = tl.minimum(tl.maximum(tl.where(no_value, 0.0, raw), -clamp), clamp)
+            c = tl.where(credited, contrast_of(d, KIND), 0.0)
     return c, no_value
 
 
@@ -237,7 +241,8 @@ def token_credit_fwd(
         UNIFORM_IF_MISSING=rule.missing_role == "uniform",
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,
-        num_warps=launch.TOKEN_WARPS,
+        # one token a thread of "kl": Triton 3.8 gives it 32 registers, and two tokens spill
+        num_warps=launch.TOKEN_WARPS * (2 if rule.contrast_kind == "kl" else 1),
         **launch.FUSION,
     )  # fmt: skip
     return out, weights, flags, means
