@@ -204,6 +204,11 @@ def _cases() -> dict[str, Case]:
         "cispo": Case(
             lambda: loss(bf16, loss={"loss_type": "cispo", "epsilon_high": 5.0}, vectors=("old_logps",)), "bf16"
         ),
+        "sapo": Case(lambda: loss(bf16, loss={"loss_type": "sapo"}, vectors=("old_logps",)), "bf16"),
+        "vespo": Case(lambda: loss(bf16, loss={"loss_type": "vespo"}, vectors=("old_logps",)), "bf16"),
+        "bias-corrected kl": Case(
+            lambda: loss(bf16, loss={"beta": 0.04, "use_bias_correction_kl": True}, **kl), "bf16"
+        ),
         "sequence_token": Case(
             lambda: loss(bf16, loss={"importance_sampling_level": "sequence_token"}, vectors=("old_logps",)), "bf16"
         ),
