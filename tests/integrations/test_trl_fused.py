@@ -2,7 +2,6 @@
 
 import pytest
 import tiny_vlms
-import torch
 from tiny_grpo import column, make_trainer, trained
 from trl import GRPOTrainer
 
