@@ -68,6 +68,9 @@ def test_bytes_of_a_character_are_shown_with_its_last():
     raw = "a😀é".encode() + b"\xff"
     (made,) = credit_records(torch.tensor([list(raw)]), Bytes(), torch.ones(1, len(raw)))
     assert made.tokens == ("a", "", "", "", "😀", "", "é", "\ufffd")
+    raw = b"\xff" + "😀".encode() + b"b" + b"\xff" * 20
+    (made,) = credit_records(torch.tensor([list(raw)]), Bytes(), torch.ones(1, len(raw)))
+    assert made.tokens == ("", "", "", "", "\ufffd😀", "b", *["\ufffd"] * 20)
 
 
 def test_the_contrast_of_a_method_is_that_of_the_picture():
