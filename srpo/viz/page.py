@@ -172,8 +172,8 @@ def _group(record: CreditRecord) -> object:
 def _introduction(method: str) -> str:
     name = escaped(method)
     return (
-        f'<p class="soft intro"><span class="weighted">{name}: each token has a weight that multiplies the advantage of '
-        "its rollout; blue tokens count for more, orange ones for less, and the sign stays.</span>"
+        f'<p class="soft intro"><span class="weighted">{name}: each token has a weight that multiplies the advantage '
+        "of its rollout; blue tokens count for more, orange ones for less, and the sign stays.</span>"
         '<span class="even">GRPO: every token of a rollout has the same advantage, whatever it did for the answer.'
         "</span></p>"
     )
