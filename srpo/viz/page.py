@@ -205,7 +205,7 @@ def _rollout(record: CreditRecord, index: int, limit: float) -> str:
     facts = [f"{name} <b>{value:.3g}</b>" for name, value in (("reward", record.reward),) if value is not None]
     if isinstance(record.advantage, float | int):
         facts.append(f"advantage <b>{record.advantage:+.3f}</b>")
-    facts.append(f"{len(record.tokens)} tokens")
+    facts.append(f"{len(record.tokens)} tokens" if record.tokens else "no token counts: all of it is masked")
     facts += [_mean_weight(record, role, name) for role, name in ((1, "perception"), (2, "reasoning"))]
     if record.parsed is False:
         facts.append('<span class="bad">roles not found: plain GRPO</span>')

@@ -125,7 +125,8 @@ class CreditRecord:
     def to_json(self) -> str:
         """Return one line of JSON."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return json.dumps({k: plain(v) for k, v in named.items() if v is not None and v != ()}, allow_nan=False)
+        kept = {k: plain(v) for k, v in named.items() if v is not None and not (k in _PICTURES and not v)}
+        return json.dumps(kept, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> "CreditRecord":
