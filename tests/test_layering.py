@@ -66,7 +66,7 @@ def test_imports_go_one_way(path):
     assert not {m for m in names if room_of(m) > room}
 
 
-@pytest.mark.parametrize("modules", ["srpo", "srpo.viz"])
+@pytest.mark.parametrize("modules", ["srpo", "srpo.viz, srpo.viz.report"])
 def test_importing_srpo_loads_nothing_heavy(modules):
     code = f"import sys, {modules}; print([m for m in {HEAVY} if m in sys.modules])"
     run = run_python("-c", code)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
-from srpo.errors import ConfigWarning
+from srpo.errors import ConfigWarning, IncompatibleVersionError
 from srpo.integrations.trl_pictures import Shown, shown_pictures
 from srpo.roles import RoleParse
 from srpo.rollout import CreditedRollout
 from srpo.vision.scoring import StreamLogps
 from srpo.viz import CreditRecord, append_records, credit_figure, credit_html, credit_records
-from srpo.viz.record import append_lines, plain
+from srpo.viz.lines import append_lines
+from srpo.viz.record import plain
 from srpo.viz.run_log import FOLDER, METRICS, ROLLOUTS
 
 _MOST_ROLLOUTS = 16  # on a page, in whole groups: more is not read
@@ -157,7 +158,10 @@ def _report(trainer: Any, page: str, records: list[CreditRecord], step: int) -> 
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:
             ranked = sorted(records, key=lambda x: -(x.reward or 0.0))
-            writer.add_image("srpo/credit", _pixels([ranked[0], ranked[-1]]), step, dataformats="HWC")
+            try:
+                writer.add_image("srpo/credit", _pixels([ranked[0], ranked[-1]]), step, dataformats="HWC")
+            except IncompatibleVersionError as error:
+                warnings.warn(f"SRPOTrainer(): TensorBoard gets no picture of credit: {error}", stacklevel=2)
 
 
 def _pixels(records: list[CreditRecord]) -> Any:

@@ -6,8 +6,9 @@ Nothing here loads more than torch: matplotlib and rich are asked for by the fun
 """
 
 from srpo.viz.figure import credit_figure
+from srpo.viz.lines import append_records, read_records
 from srpo.viz.page import CreditPage, credit_html
-from srpo.viz.record import CreditRecord, append_records, credit_records, read_records
+from srpo.viz.record import CreditRecord, credit_records
 from srpo.viz.table import CreditTable, credit_table
 
 __all__ = [

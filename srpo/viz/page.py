@@ -79,13 +79,12 @@ def whole_page(title: str, body: str, data: str = "[]") -> CreditPage:
 
 
 def rollout_data(records: Sequence[CreditRecord]) -> str:
-    """Return what the page says of tokens, as JSON that no `</script>` of a completion can leave."""
+    """Return what the page says of tokens as JSON: numbers alone, so that no text of a completion is in a script."""
     rows = [
         {name: plain(getattr(x, name), 5) for name in (*PER_TOKEN, "advantage") if getattr(x, name) is not None}
         for x in records
     ]
-    text = json.dumps(rows, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(rows, separators=(",", ":"), allow_nan=False)
 
 
 def ordered(records: Sequence[CreditRecord]) -> list[CreditRecord]:
@@ -173,8 +172,8 @@ def _group(record: CreditRecord) -> object:
 def _introduction(method: str) -> str:
     name = escaped(method)
     return (
-        f'<p class="soft"><span class="weighted">{name}: each token has a weight that multiplies the advantage of its '
-        "rollout; blue tokens count for more, orange ones for less, and the sign stays.</span>"
+        f'<p class="soft intro"><span class="weighted">{name}: each token has a weight that multiplies the advantage '
+        "of its rollout; blue tokens count for more, orange ones for less, and the sign stays.</span>"
         '<span class="even">GRPO: every token of a rollout has the same advantage, whatever it did for the answer.'
         "</span></p>"
     )
@@ -206,7 +205,7 @@ def _rollout(record: CreditRecord, index: int, limit: float) -> str:
     facts = [f"{name} <b>{value:.3g}</b>" for name, value in (("reward", record.reward),) if value is not None]
     if isinstance(record.advantage, float | int):
         facts.append(f"advantage <b>{record.advantage:+.3f}</b>")
-    facts.append(f"{len(record.tokens)} tokens")
+    facts.append(f"{len(record.tokens)} tokens" if record.tokens else "no token counts: all of it is masked")
     facts += [_mean_weight(record, role, name) for role, name in ((1, "perception"), (2, "reasoning"))]
     if record.parsed is False:
         facts.append('<span class="bad">roles not found: plain GRPO</span>')

@@ -4,10 +4,8 @@ import base64
 import io
 import json
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 import torch
@@ -18,7 +16,6 @@ from srpo.config import CreditConfig
 from srpo.credit import role_contrast
 from srpo.errors import (
     ConfigError,
-    ConfigWarning,
     DtypeError,
     ShapeError,
     SRPOError,
@@ -128,7 +125,8 @@ class CreditRecord:
     def to_json(self) -> str:
         """Return one line of JSON."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return json.dumps({k: plain(v) for k, v in named.items() if v is not None and v != ()}, allow_nan=False)
+        kept = {k: plain(v) for k, v in named.items() if v is not None and not (k in _PICTURES and not v)}
+        return json.dumps(kept, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> "CreditRecord":
@@ -262,50 +260,6 @@ def _check_rows(call: checks.Call, shape: tuple[int, ...], **tensors: Tensor | N
             fitting = shapes.get(name, row)
             text = " or ".join("[B]" if len(own) == 1 else "[B, T]" for own in fitting)
             call.tensor(name, x, fitting, text, "int" if name == "group_ids" else "float")
-
-
-def append_records(path: str | Path, records: Sequence[CreditRecord]) -> None:
-    """Append records to a file of JSON lines, which is made where there is none.
-
-    A line that was cut, as by a run that was killed, stays alone: what follows it begins a line of its own.
-    """
-    append_lines(path, (record.to_json() for record in records))
-
-
-def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Append lines, each whole."""
-    with open(path, "ab+") as file:
-        if file.seek(0, io.SEEK_END):
-            file.seek(-1, io.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write("".join(f"{line}\n" for line in lines).encode())
-
-
-def read_records(path: str | Path) -> list[CreditRecord]:
-    """Read the records of a file of JSON lines.
-
-    Warns: ConfigWarning where lines are cut, as the last one of a run that was killed; they are left out.
-
-    Raises: FileNotFoundError; ShapeError, DtypeError, ConfigError.
-    """
-    lines = list(whole_lines(path))
-    cut = lines.count(None)
-    if cut:
-        warnings.warn(f"read_records(): {cut} cut lines of {path} are left out", ConfigWarning, stacklevel=2)
-    return [CreditRecord.from_json(line) for line in lines if line is not None]
-
-
-def whole_lines(path: str | Path) -> Iterator[str | None]:
-    """Yield the lines of a file that are JSON objects, and None for each that is cut."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    is_object = isinstance(json.loads(line), dict)
-                except json.JSONDecodeError:
-                    is_object = False
-                yield line if is_object else None
 
 
 def _contrast(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from srpo.errors import ConfigError, SRPOError, is_number, refuse
-from srpo.viz.record import CreditRecord, whole_lines
+from srpo.viz.lines import whole_lines
+from srpo.viz.record import CreditRecord
 
 FOLDER, METRICS, ROLLOUTS = "credit", "metrics.jsonl", "rollouts.jsonl"  # under the output directory of a run
 _STATE = "trainer_state.json"

@@ -41,7 +41,8 @@ def main() -> None:
         settings["ddp_backend"] = "gloo"
     trainer = make_trainer(
         Counting, file.parent / f"run{world}", family, rollouts=Rollouts(truncated=truncated), max_steps=3,
-        per_device_train_batch_size=8 // world, mask_truncated_completions=bool(truncated), **settings,
+        per_device_train_batch_size=8 // world, mask_truncated_completions=bool(truncated), log_credit_steps=2,
+        **settings,
     )  # fmt: skip
     before = [x.detach().clone() for x in trainer.model.parameters()]
     trainer.train(resume_from_checkpoint=part == "resumed")

@@ -31,6 +31,7 @@ from srpo.integrations import trl_config
 from srpo.integrations.trl import TESTED, SRPOConfig, SRPOTrainer, check_trl
 from srpo.roles import role_ids_from_completions
 from srpo.streams import is_not_scored
+from srpo.viz import read_records
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -335,5 +336,12 @@ class TestRanks:
             torch.testing.assert_close(y, x, atol=2e-7, rtol=1e-5)
         moved = max((x - start).abs().max().item() for x, start in zip(one["after"], one["before"], strict=True))
         assert moved > 1e-5
+        both, first = (read_records(tmp_path / f"run{world}/credit/rollouts.jsonl") for world in (1, 2))
+        assert (len(both), len(first)) == (16, 8)  # steps 0 and 2; the first of two ranks writes its own
+        own = {(x.step, x.prompt) for x in first}
+        for x, same in zip(first, [x for x in both if (x.step, x.prompt) in own], strict=True):
+            assert (x.step, x.prompt, x.text, x.reward) == (same.step, same.prompt, same.text, same.reward)
+            assert x.advantage == pytest.approx(same.advantage, abs=1e-5)
+            assert x.weights == pytest.approx(same.weights, rel=1e-3)
         if truncated:
             assert two["valid"][0] == 0  # a rank whose tokens are all masked

@@ -193,6 +193,18 @@ def test_tensorboard_gets_a_picture(tmp_path):
     assert pixels.std() > 10
 
 
+def test_without_matplotlib_tensorboard_goes_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    args, handler = (
+        types.SimpleNamespace(report_to=["tensorboard"]),
+        types.SimpleNamespace(callbacks=[board := Board()]),
+    )
+    trainer = types.SimpleNamespace(args=args, callback_handler=handler)
+    with pytest.warns(UserWarning, match="no picture of credit: credit_figure.*pip install"):
+        _report(trainer, "", [rollout(9)], 7)
+    assert board.added == []
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "all"])
 def test_settings_that_are_refused(value, tmp_path):
     with pytest.raises(ConfigError, match=r"^SRPOConfig\(\): log_credit_steps got "):

@@ -12,7 +12,7 @@ import srpo
 from srpo import ConfigError, ConfigWarning, DtypeError, ShapeError
 from srpo.rollout import credit_rollout
 from srpo.vision.scoring import StreamLogps
-from srpo.viz import CreditRecord, append_records, credit_records, read_records
+from srpo.viz import CreditRecord, append_records, credit_html, credit_records, read_records
 
 
 def test_records_hold_what_the_rollout_computed():
@@ -58,6 +58,8 @@ def test_no_valid_token():
         torch.zeros(1, 3).long(), Characters(), torch.ones(1, 3), completion_mask=torch.zeros(1, 3)
     )
     assert made.tokens == ()
+    assert CreditRecord.from_json(made.to_json()) == made
+    assert "no token counts" in credit_html(made)
 
 
 def test_bytes_of_a_character_are_shown_with_its_last():
@@ -68,6 +70,9 @@ def test_bytes_of_a_character_are_shown_with_its_last():
     raw = "a😀é".encode() + b"\xff"
     (made,) = credit_records(torch.tensor([list(raw)]), Bytes(), torch.ones(1, len(raw)))
     assert made.tokens == ("a", "", "", "", "😀", "", "é", "\ufffd")
+    raw = b"\xff" + "😀".encode() + b"b" + b"\xff" * 20
+    (made,) = credit_records(torch.tensor([list(raw)]), Bytes(), torch.ones(1, len(raw)))
+    assert made.tokens == ("", "", "", "", "\ufffd😀", "b", *["\ufffd"] * 20)
 
 
 def test_the_contrast_of_a_method_is_that_of_the_picture():

@@ -23,8 +23,8 @@
     if (rollout.roles) rows.push(["role", roles[rollout.roles[i]]]);
     if (rollout.contrast) rows.push(["contrast, nats", shown(value("contrast"), 3, true)]);
     if (rollout.logps) rows.push(["log-prob", shown(value("logps"), 3)]);
-    if (rollout.corrupted_logps) rows.push(["  picture corrupted", shown(value("corrupted_logps"), 3)]);
-    if (rollout.ablated_logps) rows.push(["  perception hidden", shown(value("ablated_logps"), 3)]);
+    if (rollout.corrupted_logps) rows.push(["log-prob, picture corrupted", shown(value("corrupted_logps"), 3)]);
+    if (rollout.ablated_logps) rows.push(["log-prob, perception hidden", shown(value("ablated_logps"), 3)]);
     rows.push(["weight", shown(used, 3)]);
     if (typeof own === "number") rows.push(["advantage", shown(own * used, 3, true)]);
     return rows;
