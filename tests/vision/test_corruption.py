@@ -390,8 +390,9 @@ def test_noise_has_the_width_that_was_asked_for_and_is_clipped(sigma, level, see
     image = Image.new("RGB", (64, 64), (level,) * 3)
     (noisy,) = GaussianNoise(sigma).on_images([image], generator=seed)
     expected = np.random.default_rng(0).normal(level, sigma, (64, 64, 3)).round().clip(0, 255)
-    assert abs(np.asarray(noisy).mean() - expected.mean()) <= 0.03 * sigma
-    assert abs(np.asarray(noisy).std() - expected.std()) <= 0.03 * sigma
+    tolerance = 0.03 * (sigma + 1)  # below a level of grey, a handful of the 12,288 values is all that is seen
+    assert abs(np.asarray(noisy).mean() - expected.mean()) <= tolerance
+    assert abs(np.asarray(noisy).std() - expected.std()) <= tolerance
 
 
 # Bad input
