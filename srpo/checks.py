@@ -238,7 +238,12 @@ def loss_inputs(
         return None
     shapes = [layout.shape, (layout.n_trajectories, 1)]
     call.tensor("importance_sampling_ratio", is_ratio, shapes, f"{tokens(layout)} or one per trajectory", "float")
-    return is_ratio if tuple(is_ratio.shape) == layout.shape else layout.spread(is_ratio[:, 0])
+    if tuple(is_ratio.shape) == layout.shape:
+        return is_ratio
+    of_trajectory = layout.spread(is_ratio[:, 0])
+    if loss.loss_type != "vespo":
+        return of_trajectory
+    return torch.where(layout.first_valid(mask), of_trajectory, 1.0)  # a factor of the trajectory's weight: once
 
 
 def given_weights(call: Call, weights: Any, mask: Tensor, layout: Layout, others: dict[str, Any]) -> Tensor:

@@ -75,7 +75,8 @@ def role_weighted_grpo_loss(
             both roles; NaN has no value.
         old_logps: `[B, T]` nats of the policy that made the rollout; None: on-policy, the ratio is exactly 1.
         ref_logps: `[B, T]` nats of the reference model; needed when `loss.beta` is not 0.
-        importance_sampling_ratio: `[B, T]` or `[B, 1]`, multiplies the policy term; NaN counts as 1.
+        importance_sampling_ratio: `[B, T]` or `[B, 1]`, multiplies the policy term; NaN counts as 1. For `"vespo"` it
+            enters the weight of the trajectory, one of `[B, 1]` once.
         cu_seqlens: `[R + 1]` offsets of packed trajectories: tensors are `[N, ...]` instead of `[B, T, ...]`.
         num_items_in_batch: normaliser of `"dapo"`, `"cispo"` and `"vespo"`; None: valid tokens of this call.
         token_loss: a loss of your own: a function of log-probs `[B, T]` (0 on masked tokens) that returns the loss of

@@ -55,6 +55,14 @@ class Layout:
         running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # exact in int64
         return running[self.cu_seqlens.long()].diff().float()
 
+    def first_valid(self, mask: Tensor) -> Tensor:
+        """Say which token is the first valid one of its trajectory, bool in the shape of the tokens."""
+        running = mask.cumsum(-1)
+        if self.cu_seqlens is not None:
+            before = torch.nn.functional.pad(running, (1, 0))[self.cu_seqlens[:-1].long()]
+            running = running - self.spread(before)
+        return (mask != 0) & (running == 1)
+
     def sums(self, x: Tensor) -> Tensor:
         """Return the sum `[R]` over the tokens of each trajectory, in one order whatever else is in the batch.
 

@@ -67,7 +67,7 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], names: tuple[st
         completion_mask=mask,
         old_logps=inputs.get("old_per_token_logps"),
         ref_logps=inputs["ref_per_token_logps"] if config.beta else None,
-        importance_sampling_ratio=_engine_ratio(trainer, inputs, mask),
+        importance_sampling_ratio=inputs["importance_sampling_ratio"] if _corrects_engine(trainer) else None,
         num_items_in_batch=normaliser,
         loss=config,
         validate_values=False,
@@ -122,10 +122,8 @@ def _states(trainer: Any, model: Any, inputs: dict[str, Any], names: tuple[str, 
     return found.states
 
 
-def _engine_ratio(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-    if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
-        return None
-    return inputs["importance_sampling_ratio"].expand_as(mask) if trainer.loss_type != "vespo" else None
+def _corrects_engine(trainer: Any) -> bool:
+    return trainer.use_vllm and trainer.vllm_importance_sampling_correction
 
 
 def _log(trainer: Any, mode: str, out: LossOutput, inputs: dict[str, Any], mask: Tensor) -> None:

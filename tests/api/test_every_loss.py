@@ -100,6 +100,20 @@ def test_trl_computes_the_same(trl, device, backend, name, entry, weighted):
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["sapo", "vespo", "off-policy mask"])
+def test_one_engine_ratio_a_trajectory(trl, device, backend, name, entry):
+    """TRL's sequence modes give `[B, 1]`: a factor of each token, but of VESPO's weight only once."""
+    loss = config_of(name)
+    batch, logits, _ = peer_batch(6, device)
+    ratio = torch.tensor([[0.6], [1.7], [0.0]], device=device)
+    leaf = logits.clone().requires_grad_()
+    expected, gradient, _ = trl_loss(trl, leaf, batch, loss, batch.advantages, ratio)
+    out, found = run(entry, logits, batch, loss, backend, importance_sampling_ratio=ratio)
+    torch.testing.assert_close(out.loss.detach(), expected, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found, gradient, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", ["sapo", "vespo", "luspo", "off-policy mask"])
 def test_a_weight_multiplies_the_policy_term(device, backend, name, entry):
     """Twice the weights, twice the gradient; signs stay."""
@@ -118,7 +132,9 @@ def test_packed_equals_padded(device, backend, name):
     loss = config_of(name)
     batch, logits, weights = peer_batch(2, device)
     B, T = batch.completion_ids.shape
-    _, padded = run("logits", logits[:, :-1], batch, loss, backend, weights=weights)
+    ratio = torch.tensor([[0.6], [1.7], [1.2]], device=device)
+    options = {"weights": weights, "importance_sampling_ratio": ratio}
+    _, padded = run("logits", logits[:, :-1], batch, loss, backend, **options)
     flat = {
         "completion_mask": batch.completion_mask, "old_logps": batch.old_logps, "weights": weights,
         "ref_logps": batch.ref_logps,
@@ -127,7 +143,7 @@ def test_packed_equals_padded(device, backend, name):
     out = srpo.role_weighted_grpo_loss(
         leaf, batch.completion_ids.flatten(), batch.advantages, **{k: x.flatten() for k, x in flat.items()},
         cu_seqlens=torch.arange(B + 1, device=device) * T, num_items_in_batch=NUM_ITEMS_IN_BATCH, loss=loss,
-        backend=backend,
+        backend=backend, importance_sampling_ratio=ratio,
     )  # fmt: skip
     out.loss.backward()
     torch.testing.assert_close(leaf.grad.view_as(padded), padded, rtol=1e-5, atol=1e-7)

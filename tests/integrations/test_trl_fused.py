@@ -1,7 +1,10 @@
 """`SRPOConfig(fused_loss=True)`: TRL's loss and gradients from hidden states, step by step; what it does not cover."""
 
+from functools import partial
+
 import pytest
 import tiny_vlms
+import torch
 from tiny_grpo import column, make_trainer, trained
 from trl import GRPOTrainer
 
@@ -63,6 +66,32 @@ def test_token_credit_on_every_family(family, tmp_path):
     ours = trained(SRPOTrainer, tmp_path, family, credit="srpo", fused_loss=True, **settings)
     for metric in ("loss", "grad_norm", "srpo/weight_max"):
         assert column(ours, metric) == pytest.approx(column(plain, metric), rel=2e-3, abs=2e-5), metric
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("name", ["dapo", "cispo", "sapo", "vespo"])
+def test_the_ratio_to_the_engine(name, sequences, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1, **LOSSES[name]}
+    trainer = make_trainer(SRPOTrainer, tmp_path, "idefics3", credit="grpo", fused_loss=True, **settings)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    mask = inputs["completion_mask"]
+    of_tokens = torch.where(mask.bool(), 0.5 + torch.rand(mask.shape), 1.0)
+    inputs["importance_sampling_ratio"] = of_tokens[:, :1] if sequences else of_tokens
+    inputs["old_per_token_logps"] = -torch.rand(mask.shape)
+    inputs["advantages"] = torch.randn(len(mask))
+    expected, found = (
+        loss(trainer.model, inputs) for loss in (partial(GRPOTrainer._compute_loss, trainer), trainer._compute_loss)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    parameters = list(trainer.model.parameters())
+    for x, y in zip(
+        *(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (expected, found)), strict=True
+    ):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(y, x, rtol=2e-3, atol=1e-5)
 
 
 def test_rows_that_cannot_learn_are_skipped(tmp_path):
