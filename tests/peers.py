@@ -1,4 +1,4 @@
-"""TRL's released trainer loss on tensors, without a trainer, and a batch that it and others can read."""
+"""TRL's released trainer loss on tensors, without a trainer; a batch that it and others can read; the three entries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from strategies import Batch, make_batch
 from torch import Tensor
 
+import srpo
 from srpo import LossConfig
 
 MAX_COMPLETION_LENGTH = 9
 TEMPERATURE = 0.9
 NUM_ITEMS_IN_BATCH = 13.0
+ENTRIES = ("logits", "logps", "hidden")
 
 
 class TrainerStub:
@@ -88,3 +90,34 @@ def peer_batch(seed: int, device, vocabulary: int = 33) -> tuple[Batch, Tensor, 
     logits = torch.cat([batch.logits, torch.randn(3, 1, vocabulary, generator=generator).to(device)], dim=1)
     weights = (0.5 + torch.rand(3, 4, generator=generator)).to(device)
     return batch, logits, weights
+
+
+def loss_of(entry: str, leaf, batch, loss: LossConfig, backend: str, **options):
+    """The loss through one entry; from hidden states the head is the identity, in chunks of a trajectory or less."""
+    common = {
+        "completion_mask": batch.completion_mask, "old_logps": batch.old_logps, "loss": loss, "backend": backend,
+        "ref_logps": batch.ref_logps if loss.beta else None, "num_items_in_batch": NUM_ITEMS_IN_BATCH, **options,
+    }  # fmt: skip
+    if entry == "logits":
+        return srpo.role_weighted_grpo_loss(leaf, batch.completion_ids, batch.advantages, **common)
+    if entry == "logps":
+        logps = srpo.selected_logps(
+            leaf, batch.completion_ids, temperature=loss.temperature, mask=batch.completion_mask, backend=backend
+        )
+        return srpo.role_weighted_grpo_loss_from_logps(logps, batch.advantages, **common)
+    V = leaf.shape[-1]
+    return srpo.role_weighted_grpo_loss_from_hidden(
+        leaf,
+        torch.eye(V, device=leaf.device),
+        batch.completion_ids,
+        batch.advantages,
+        workspace_bytes=3 * 4 * V,
+        **common,
+    )
+
+
+def run(entry, logits, batch, loss, backend, **options):
+    leaf = logits.clone().requires_grad_()
+    out = loss_of(entry, leaf, batch, loss, backend, **options)
+    out.loss.backward()
+    return out, leaf.grad

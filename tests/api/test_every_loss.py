@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from peers import MAX_COMPLETION_LENGTH, NUM_ITEMS_IN_BATCH, TEMPERATURE, peer_batch, trl_loss
+from peers import ENTRIES, MAX_COMPLETION_LENGTH, NUM_ITEMS_IN_BATCH, TEMPERATURE, peer_batch, run, trl_loss
 
 import srpo
 from srpo import ConfigError, LossConfig
@@ -33,42 +33,10 @@ SETTINGS = {
         "use_bias_correction_kl": True, "delta": 1.5,
     },
 }  # fmt: skip
-ENTRIES = ("logits", "logps", "hidden")
 
 
 def config_of(name: str) -> LossConfig:
     return LossConfig(**{"max_completion_length": MAX_COMPLETION_LENGTH, "temperature": TEMPERATURE, **SETTINGS[name]})
-
-
-def loss_of(entry: str, leaf, batch, loss: LossConfig, backend: str, **options):
-    """The loss through one entry; from hidden states the head is the identity, in chunks of a trajectory or less."""
-    common = {
-        "completion_mask": batch.completion_mask, "old_logps": batch.old_logps, "loss": loss, "backend": backend,
-        "ref_logps": batch.ref_logps if loss.beta else None, "num_items_in_batch": NUM_ITEMS_IN_BATCH, **options,
-    }  # fmt: skip
-    if entry == "logits":
-        return srpo.role_weighted_grpo_loss(leaf, batch.completion_ids, batch.advantages, **common)
-    if entry == "logps":
-        logps = srpo.selected_logps(
-            leaf, batch.completion_ids, temperature=loss.temperature, mask=batch.completion_mask, backend=backend
-        )
-        return srpo.role_weighted_grpo_loss_from_logps(logps, batch.advantages, **common)
-    V = leaf.shape[-1]
-    return srpo.role_weighted_grpo_loss_from_hidden(
-        leaf,
-        torch.eye(V, device=leaf.device),
-        batch.completion_ids,
-        batch.advantages,
-        workspace_bytes=3 * 4 * V,
-        **common,
-    )
-
-
-def run(entry, logits, batch, loss, backend, **options):
-    leaf = logits.clone().requires_grad_()
-    out = loss_of(entry, leaf, batch, loss, backend, **options)
-    out.loss.backward()
-    return out, leaf.grad
 
 
 @pytest.mark.parametrize("weighted", [False, True])

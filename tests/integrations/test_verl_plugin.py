@@ -237,3 +237,12 @@ def test_in_verl(version, packages, tmp_path):
     assert done.stdout.count("refused: IncompatibleVersionError") == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert "tested with 0.9.0, 0.9.1" in done.stdout
     assert "srpo cannot be used in this verl" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1"])
+def test_losses_of_verl(version, packages, tmp_path):
+    """Every row of the table of losses, value and gradient, through the three entries and both backends."""
+    install(tmp_path, f"verl=={version}")
+    done = python(tmp_path, str(pathlib.Path(__file__).with_name("real_verl_losses.py")), more=packages)
+    assert f"verl {version}: 13 losses agree" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
