@@ -214,8 +214,7 @@ def _weigh(
 
     A method has weights alone: its contrast is that of the image, it clips nothing and has no baseline.
     """
-    logps = Streams(streams.corrupted_logps, streams.ablated_logps)
-    kl = Streams(getattr(streams, "corrupted_kl", None), getattr(streams, "ablated_kl", None))
+    logps, kl = Streams(streams.corrupted_logps, streams.ablated_logps), divergences_of(streams)
     if isinstance(credit, CreditConfig):
         given = checks.contrast_streams(call, credit, layout, role_ids, mask, logps, kl)
         read = Streams(*(x if name in credit.streams else None for name, x in zip(STREAMS, given, strict=True)))
@@ -225,12 +224,25 @@ def _weigh(
         logps=streams.logps, completion_mask=mask, role_ids=role_ids, advantages=advantages, entropy=streams.entropy,
         corrupted_logps=logps.corrupted, ablated_logps=logps.ablated, corrupted_kl=kl.corrupted,
     )  # fmt: skip
-    contrast, lost = torch.zeros_like(weights), mask.new_zeros((), dtype=torch.long)
+    contrast, lost = contrast_of_picture(streams, credit), mask.new_zeros((), dtype=torch.long)
     if logps.corrupted is not None:
-        contrast = kl.corrupted if credit.reads_kl and kl.corrupted is not None else streams.logps - logps.corrupted
         lost = (credit.rows("corrupted", role_ids, mask) & is_not_scored(logps.corrupted)).sum()
+    contrast = torch.zeros_like(weights) if contrast is None else contrast
     no_baseline = weights.new_full((len(mask),), torch.nan)
     return Credit(contrast, weights, torch.zeros_like(mask, dtype=torch.uint8), no_baseline, lost, lost * 0)
+
+
+def divergences_of(streams: ScoredStreams) -> Streams:
+    """Return the divergences among scored streams; a scorer of log-probs alone has none."""
+    return Streams(getattr(streams, "corrupted_kl", None), getattr(streams, "ablated_kl", None))
+
+
+def contrast_of_picture(streams: ScoredStreams, method: Method) -> Tensor | None:
+    """Return what a method's weights are made of, nats: its divergence, or the difference; None without a picture."""
+    if streams.corrupted_logps is None:
+        return None
+    kl = divergences_of(streams).corrupted
+    return kl if method.reads_kl and kl is not None else streams.logps - streams.corrupted_logps
 
 
 def _own_metrics(

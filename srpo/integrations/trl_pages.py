@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from srpo.errors import ConfigWarning, IncompatibleVersionError
 from srpo.integrations.trl_pictures import Shown, shown_pictures
 from srpo.roles import RoleParse
 from srpo.rollout import CreditedRollout
-from srpo.vision.scoring import StreamLogps
 from srpo.viz import CreditRecord, append_records, credit_figure, credit_html, credit_records
 from srpo.viz.lines import append_lines
 from srpo.viz.record import plain
@@ -112,17 +111,16 @@ def _records(
     def own(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[rows].detach().cpu()
 
-    roles, streams = credited.roles, credited.streams
+    roles, streams = credited.roles, cast(Any, credited.streams)  # what `score_streams` returns, a tuple
     pictures, corrupted = shown_pictures(trainer, shown, rows, trainer.credit.corruption)
     answers = [next((str(inputs[i][k]) for k in _ANSWER_COLUMNS if inputs[i].get(k) is not None), "") for i in rows]
-    columns = (getattr(streams, name) for name in StreamLogps._fields) if streams is not None else ()
     return credit_records(
         output["completion_ids"][rows].cpu(),
         getattr(trainer.processing_class, "tokenizer", trainer.processing_class),
         credited.weights[rows].detach().cpu(),
         completion_mask=own(mask),
         roles=None if roles is None else RoleParse(*(x[rows].cpu() for x in roles)),
-        streams=None if streams is None else StreamLogps(*map(own, columns)),  # pyright: ignore[reportArgumentType]
+        streams=None if streams is None else type(streams)(*map(own, streams)),
         credit=trainer.credit.credit_at(trainer.state.global_step),
         advantages=own(advantages),
         rewards=own(rewards),

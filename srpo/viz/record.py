@@ -26,7 +26,7 @@ from srpo.errors import (
 )
 from srpo.methods import Method
 from srpo.roles import RoleParse, Tokenizer, token_texts
-from srpo.rollout import ScoredStreams
+from srpo.rollout import ScoredStreams, contrast_of_picture, divergences_of
 
 Values = tuple[float | None, ...]
 PER_TOKEN = ("weights", "roles", "logps", "corrupted_logps", "ablated_logps", "contrast", "sampled")
@@ -220,8 +220,9 @@ def credit_records(
     if role_ids is not None:
         columns["roles"] = torch.where(mask, role_ids, 0)
     if streams is not None:
-        for name in ("logps", "corrupted_logps", "ablated_logps"):
-            columns[name] = x = getattr(streams, name)
+        kept = {name: getattr(streams, name) for name in ("logps", "corrupted_logps", "ablated_logps")}
+        columns |= kept
+        for name, x in (kept | divergences_of(streams).named("kl")).items():
             if x is not None:
                 call.tensor(f"streams.{name}", x, [shape], "[B, T]", "float")
         if contrast is None and role_ids is not None:
@@ -266,17 +267,18 @@ def _contrast(
     streams: ScoredStreams, role_ids: Tensor, mask: Tensor, credit: CreditConfig | Method
 ) -> Tensor | None:  # fmt: skip
     """Return what the weights were made of, NaN where a token has no contrast."""
-    logps, corrupted = streams.logps.float(), streams.corrupted_logps
     if isinstance(credit, CreditConfig):
         if not credit.streams:
             return None
-        corrupted_logps, ablated_logps = (x if x is None else x.float() for x in (corrupted, streams.ablated_logps))
+        read = (streams.corrupted_logps, streams.ablated_logps, *divergences_of(streams))
+        corrupted_logps, ablated_logps, corrupted_kl, ablated_kl = (x if x is None else x.float() for x in read)
         contrast = role_contrast(
-            logps, corrupted_logps=corrupted_logps, ablated_logps=ablated_logps, role_ids=role_ids,
-            completion_mask=mask, credit=credit,
+            streams.logps.float(), corrupted_logps=corrupted_logps, ablated_logps=ablated_logps,
+            corrupted_kl=corrupted_kl, ablated_kl=ablated_kl, role_ids=role_ids, completion_mask=mask, credit=credit,
         )  # fmt: skip
         return torch.where(mask & (role_ids != 0), contrast, torch.nan)
-    return None if corrupted is None else torch.where(mask, logps - corrupted.float(), torch.nan)
+    contrast = contrast_of_picture(streams, credit)
+    return None if contrast is None else torch.where(mask, contrast.float(), torch.nan)
 
 
 def _listed(row: Any) -> list[Any]:

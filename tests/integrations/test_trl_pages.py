@@ -13,6 +13,7 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from srpo import ConfigError, ConfigWarning, PatchMask, ShuffleImages, corrupt_images
 from srpo.integrations.trl import SRPOConfig, SRPOTrainer
 from srpo.integrations.trl_pages import CreditLog, _chosen, _report
+from srpo.vision.scoring import score_streams
 from srpo.viz import credit_html, read_records
 from srpo.viz.record import _addresses
 from srpo.viz.run_log import read_run
@@ -98,6 +99,23 @@ def test_a_method_and_mixed_pictures(tmp_path):
     records = read_records(tmp_path / "credit/rollouts.jsonl")
     assert {0.0} < {w for x in records for w in x.weights}
     assert {len(x.corrupted_images) for x in records} == {1, 2}
+
+
+@pytest.mark.parametrize("credit", [{"contrast_kind": "kl"}, {"preset": "vppo", "kl": "full"}])
+def test_divergences_are_the_contrast(credit, tmp_path, monkeypatch):
+    scored = []
+
+    def score(*arguments, **named):
+        scored.append(score_streams(*arguments, **named))
+        return scored[-1]
+
+    monkeypatch.setattr("srpo.integrations.trl.score_streams", score)
+    trained(SRPOTrainer, tmp_path, credit=credit, max_steps=1, log_credit_steps=1)
+    shown = [x for record in read_records(tmp_path / "credit/rollouts.jsonl") for x in record.contrast if x is not None]
+    kl = torch.cat([x.flatten() for x in (scored[0].corrupted_kl, scored[0].ablated_kl) if x is not None]).nan_to_num()
+    assert max(shown) > 0
+    for x in shown:
+        assert (kl - x).abs().min() <= 1e-6 * abs(x)
 
 
 def test_metrics_survive_a_kill(tmp_path):
