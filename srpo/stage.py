@@ -13,7 +13,7 @@ from srpo.metrics import MetricSums, credit_sums, loss_sums
 from srpo.request import Request
 from srpo.streams import STREAMS, Streams
 from srpo_kernels import ops
-from srpo_kernels.policy_factor import policy_factor
+from srpo_kernels.policy_factor import policy_factor, times_factor
 
 
 class LossOutput(NamedTuple):
@@ -138,17 +138,11 @@ def _own_loss(request: Request, logps: Tensor, terms: Terms) -> tuple[Tensor, Te
     mask, layout, rule = request.mask, request.layout, request.loss.rule
     inside = torch.where(mask, logps, 0.0)  # what is masked gets no gradient, whatever the function makes of it
     losses = checks.token_losses(request.call, request.token_loss(inside), inside, mask)
-    factor = terms.weights if terms.importance_sampling_ratio is None else _times(terms)
+    factor = times_factor(terms.weights, terms.importance_sampling_ratio, mask)
     policy = (torch.where(mask, losses.to(logps.dtype), 0.0) * factor * layout.spread(terms.scale)).sum()
     without = Terms(*terms[:2], None, torch.zeros_like(terms.advantages), *terms[4:])
     kl, sums = ops.policy_loss(logps, *without, layout, rule, request.backend)
     return policy + kl.sum(), sums
-
-
-def _times(terms: Terms) -> Tensor:
-    ratio = terms.importance_sampling_ratio
-    assert ratio is not None
-    return terms.weights * torch.where(terms.mask, torch.where(ratio.isnan(), 1.0, ratio), 0.0)
 
 
 def check_uncoupled(request: Request, logps: Tensor) -> None:

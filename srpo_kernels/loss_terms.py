@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srpo_kernels import backends
 from srpo_kernels.layout import Layout
-from srpo_kernels.policy_factor import policy_factor
+from srpo_kernels.policy_factor import policy_factor, times_factor
 from srpo_kernels.rules import CreditRule, LossRule, couples_tokens
 
 
@@ -130,10 +130,7 @@ class LossTerms:
         x = torch.zeros_like(logps) if self.old_logps is None else self.old_logps.reshape(-1).to(logps.dtype).clone()
         x[tokens] = logps[tokens]
         x = torch.where(mask, x, 0.0)
-        factor = part.weights * scale
-        ratio = part.importance_sampling_ratio
-        factor = factor if ratio is None else factor * torch.where(ratio.isnan(), 1.0, ratio)
-        factor = torch.where(part.mask, factor, 0.0).reshape(-1)
+        factor = (times_factor(part.weights, part.importance_sampling_ratio, part.mask) * scale).reshape(-1)
         with torch.enable_grad():
             leaf = x.requires_grad_()
             losses = self.token_loss(leaf.view(self.mask.shape)).reshape(-1)[tokens]

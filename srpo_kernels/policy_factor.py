@@ -56,6 +56,12 @@ def policy_factor(
     return torch.where(kept, torch.where(factor.isnan(), 1.0, factor), 0.0)
 
 
+def times_factor(weights: Tensor, factor: Tensor | None, mask: Tensor) -> Tensor:
+    """Return what multiplies a loss that no kernel multiplies: weights times factor, a NaN of it being 1; 0 outside."""
+    product = weights if factor is None else weights * torch.where(factor.isnan(), 1.0, factor)
+    return torch.where(mask, product, 0.0)
+
+
 def _gamma_weight(
     log_ratio: Tensor, is_ratio: Tensor | None, advantages: Tensor, mask: Tensor, layout: Layout, rule: Any
 ) -> Tensor:

@@ -74,8 +74,8 @@ class CreditLog(TrainerCallback):
         """
         step = trainer.state.global_step
         self._next = (step // self.every + 1) * self.every
-        rows, size = _chosen(rewards, trainer.num_generations)
-        records = _records(trainer, rows, size, inputs, output, credited, advantages, mask, rewards, shown)
+        rows = _chosen(rewards, trainer.num_generations)
+        records = _records(trainer, rows, inputs, output, credited, advantages, mask, rewards, shown)
         page = credit_html(records, title=f"Token credit at step {step}", method=_name_of(trainer.args.credit))
         self._try(lambda path, text: text.save(path), f"step_{step:04d}.html", page)
         self._try(append_records, ROLLOUTS, records)
@@ -95,17 +95,17 @@ def _name_of(credit: Any) -> str:
     return credit.upper() if isinstance(credit, str) else "SRPO"
 
 
-def _chosen(rewards: Tensor, size: int) -> tuple[list[int], int]:
-    """Return rows of groups, those of the widest spread of rewards first, and the size of a group."""
+def _chosen(rewards: Tensor, size: int) -> list[int]:
+    """Return rows of groups, those of the widest spread of rewards first."""
     groups = [list(range(i, min(i + size, len(rewards)))) for i in range(0, len(rewards), size)]
     known = rewards.nan_to_num(0.0).tolist()
     groups.sort(key=lambda rows: min(known[i] for i in rows) - max(known[i] for i in rows))
     n = max(1, _MOST_ROLLOUTS // size)
-    return [i for rows in groups[:n] for i in rows], size
+    return [i for rows in groups[:n] for i in rows]
 
 
 def _records(
-    trainer: Any, rows: list[int], size: int, inputs: list[dict[str, Any]], output: Mapping[str, Any],
+    trainer: Any, rows: list[int], inputs: list[dict[str, Any]], output: Mapping[str, Any],
     credited: CreditedRollout, advantages: Tensor, mask: Tensor, rewards: Tensor, shown: Shown | None,
 ) -> list[CreditRecord]:  # fmt: skip
     def own(x: Tensor | None) -> Tensor | None:
@@ -124,7 +124,7 @@ def _records(
         credit=trainer.credit.credit_at(trainer.state.global_step),
         advantages=own(advantages),
         rewards=own(rewards),
-        group_ids=torch.tensor([i // size for i in rows]),
+        group_ids=torch.tensor([i // trainer.num_generations for i in rows]),
         prompts=[_text_of(inputs[i]["prompt"]) for i in rows],
         answers=answers,
         images=pictures,

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from srpo.errors import ConfigError, IncompatibleVersionError, describe, is_number, refuse
+from srpo.errors import ConfigError, describe, is_number, refuse
+from srpo.viz.arguments import check_max_tokens, import_drawer, listed_records
 from srpo.viz.page import scale_limit, visible
-from srpo.viz.record import CreditRecord, listed_records
+from srpo.viz.record import CreditRecord
 
 _ORANGE, _WHITE, _BLUE = "#d08a4c", "#ffffff", "#6a9fd0"  # as on the page; told apart with every kind of colour vision
 _ROLE_LINES = {1: ("#00786a", "-"), 2: ("#7b3fa0", (0, (2.5, 1.5)))}
@@ -39,15 +40,8 @@ def credit_figure(
     records = listed_records("credit_figure", rollouts)
     if not (is_number(width) and width >= 2):
         refuse(ConfigError, "credit_figure", "width", describe(width), "at least 2 inches", "pass width=6.75")
-    if not (isinstance(max_tokens, int) and max_tokens > 0):
-        got, expected = describe(max_tokens), "an int of at least 1"
-        refuse(ConfigError, "credit_figure", "max_tokens", got, expected, "pass max_tokens=200")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise IncompatibleVersionError(
-            "credit_figure(): matplotlib got no installation, expected matplotlib >= 3.8; pip install 'srpo[viz]'."
-        ) from error
+    check_max_tokens("credit_figure", max_tokens, 200)
+    Figure = import_drawer("credit_figure", "matplotlib.figure", "3.8").Figure
     measure = _Measure()
     rows = [(record, _lines(record, max_tokens, width - _LABEL - 0.1, measure)) for record in records]
     blocks = [(record, lines, name) for record, lines in rows for name in ("GRPO", method)]

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from srpo.errors import ConfigWarning
 from srpo.viz.record import CreditRecord
@@ -35,20 +36,20 @@ def read_records(path: str | Path) -> list[CreditRecord]:
 
     Raises: FileNotFoundError; ShapeError, DtypeError, ConfigError.
     """
-    lines = list(whole_lines(path))
-    cut = lines.count(None)
+    objects = list(whole_lines(path))
+    cut = objects.count(None)
     if cut:
         warnings.warn(f"read_records(): {cut} cut lines of {path} are left out", ConfigWarning, stacklevel=2)
-    return [CreditRecord.from_json(line) for line in lines if line is not None]
+    return [CreditRecord.from_fields(x) for x in objects if x is not None]
 
 
-def whole_lines(path: str | Path) -> Iterator[str | None]:
-    """Yield the lines of a file that are JSON objects, and None for each that is cut."""
+def whole_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the objects of a file of JSON lines, and None for each line that is cut."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.strip():
                 try:
-                    is_object = isinstance(json.loads(line), dict)
+                    found = json.loads(line)
                 except json.JSONDecodeError:
-                    is_object = False
-                yield line if is_object else None
+                    found = None
+                yield found if isinstance(found, dict) else None

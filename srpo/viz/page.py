@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from srpo.errors import ConfigError, describe, refuse
-from srpo.viz.record import PER_TOKEN, CreditRecord, listed_records, plain
+from srpo.viz.arguments import listed_records
+from srpo.viz.record import PER_TOKEN, CreditRecord, plain
 
 STEPS = 10  # shades on each side of weight 1
 _NARROWEST, _WIDEST = 1.25, 2.0  # factor at which the darkest shade is reached, at least and at most

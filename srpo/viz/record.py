@@ -134,7 +134,14 @@ class CreditRecord:
 
         Raises: json.JSONDecodeError; ShapeError, DtypeError, ConfigError.
         """
-        named = json.loads(line)
+        return cls.from_fields(json.loads(line))
+
+    @classmethod
+    def from_fields(cls, named: Any) -> "CreditRecord":
+        """Read the object that a line of `to_json` holds.
+
+        Raises: ShapeError, DtypeError, ConfigError.
+        """
         names = [field.name for field in fields(cls)]
         if not isinstance(named, dict) or not {"tokens", "weights"} <= named.keys():
             _refuse(ConfigError, "line", describe(named), "an object with tokens and weights", "pass a line of to_json")
@@ -332,17 +339,3 @@ def _is_number(x: Any) -> TypeGuard[float]:
 
 def _refuse(error: type[SRPOError], argument: str, got: str, expected: str, fix: str) -> NoReturn:
     refuse(error, "CreditRecord", argument, got, expected, fix)
-
-
-def listed_records(function: str, rollouts: Any) -> list[CreditRecord]:
-    """Return records as a list; a single one is a list of one.
-
-    Raises: DtypeError, ConfigError for none.
-    """
-    records = [rollouts] if isinstance(rollouts, CreditRecord) else rollouts
-    if not isinstance(records, (list, tuple)) or not _all(records, CreditRecord):
-        fix = "make them with srpo.viz.credit_records"
-        refuse(DtypeError, function, "rollouts", describe(rollouts), "a list of CreditRecord", fix)
-    if not records:
-        refuse(ConfigError, function, "rollouts", "none", "at least one CreditRecord", "pass the rollouts of a group")
-    return list(records)

@@ -120,10 +120,10 @@ def _merge(rows: dict[int, dict[str, float]], row: Any) -> None:
 
 def _objects(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     cut = 0
-    for line in whole_lines(path):
-        cut += line is None
-        if line is not None:
-            yield json.loads(line)
+    for found in whole_lines(path):
+        cut += found is None
+        if found is not None:
+            yield found
     if cut:
         notes.append(f"{FOLDER}/{path.name}: {cut} cut line{'s' * (cut > 1)} left out")
 
@@ -135,9 +135,9 @@ def _rollouts(path: Path, sources: list[str], notes: list[str]) -> tuple[int, li
         return n, last, failures
     sources.append(f"{FOLDER}/{path.name}")
     refused = ""
-    for line in whole_lines(path):
+    for found in whole_lines(path):
         try:
-            record = None if line is None else CreditRecord.from_json(line)
+            record = None if found is None else CreditRecord.from_fields(found)
         except SRPOError as error:
             record, refused = None, f": {error}"
         if record is None:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from srpo.errors import ConfigError, IncompatibleVersionError, describe, is_int, refuse
+from srpo.errors import ConfigError, describe, is_int, refuse
+from srpo.viz.arguments import check_max_tokens, import_drawer, listed_records
 from srpo.viz.page import credit_html, visible
-from srpo.viz.record import CreditRecord, listed_records
+from srpo.viz.record import CreditRecord
 
 STYLES = ("dim", "cyan", "magenta")  # of other, perception and reasoning
 _ROLES = ("", "perception", "reasoning")
@@ -70,15 +71,8 @@ def credit_table(
     records = listed_records("credit_table", rollouts)
     if width is not None and not (is_int(width) and width >= 24):
         refuse(ConfigError, "credit_table", "width", describe(width), "None or an int of at least 24", "pass width=80")
-    if not (is_int(max_tokens) and max_tokens > 0):
-        got, expected = describe(max_tokens), "an int of at least 1"
-        refuse(ConfigError, "credit_table", "max_tokens", got, expected, "pass max_tokens=64")
-    try:
-        import rich  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise IncompatibleVersionError(
-            "credit_table(): rich got no installation, expected rich >= 13; pip install 'srpo[viz]'."
-        ) from error
+    check_max_tokens("credit_table", max_tokens, 64)
+    import_drawer("credit_table", "rich", "13")
     return CreditTable(records, width, max_tokens, method)
 
 

@@ -201,7 +201,8 @@ def test_what_is_no_rollout_is_refused(function, rollouts, error):
 @pytest.mark.parametrize(
     ("function", "named"),
     [(credit_html, {"title": 3}), (credit_html, {"method": None}), (credit_figure, {"width": 1}),
-     (credit_figure, {"max_tokens": 0}), (credit_table, {"width": 10}), (credit_table, {"max_tokens": "all"})],
+     (credit_figure, {"max_tokens": 0}), (credit_table, {"width": 10}), (credit_table, {"max_tokens": "all"}),
+     (credit_figure, {"max_tokens": True})],
 )  # fmt: skip
 def test_settings_that_are_refused(function, named):
     (name,) = named
