@@ -13,7 +13,7 @@ BLOCKS_PER_CHUNK = 4  # of a row: lanes are reduced once a chunk, and few rows a
 FUSION = {"enable_fp_fusion": True}  # a * b + c in one instruction, whatever this Triton does by default
 TRAINS_ROWS = False  # `row_training.py` where it can: to be turned on when a GPU has shown that it is faster
 CHUNKS_ABREAST = 4  # of its rows: one row a multiprocessor, that the second sweep may find it in the L2 cache
-TOKENS_PER_BLOCK = 512
+TOKENS_PER_BLOCK = 256  # one token a thread: with two, or 16 warps, ptxas keeps to 40 registers and spills
 TOKEN_WARPS = 8
 
 

@@ -61,8 +61,13 @@ def _pair_chunk(
     )
     against_lane_sum, lane_cross = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
-        x_next = load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
-        y_next = load_block(against_ptr, start + BLOCK_V, end, against_stride_v, UNIT_STRIDE, BLOCK_V)
+        if HAS_EDGE:  # columns that may not be aligned come one a register: none are left for the next block
+            x = load_block(row_ptr, start, end, stride_v, UNIT_STRIDE, BLOCK_V)
+            y = load_block(against_ptr, start, end, against_stride_v, UNIT_STRIDE, BLOCK_V)
+            x_next, y_next = x, y
+        else:
+            x_next = load_block(row_ptr, start + BLOCK_V, end, stride_v, UNIT_STRIDE, BLOCK_V)
+            y_next = load_block(against_ptr, start + BLOCK_V, end, against_stride_v, UNIT_STRIDE, BLOCK_V)
         x, y = x.to(tl.float32), y.to(tl.float32)
         if (target_id >= start) & (target_id < start + BLOCK_V):
             target = pick_column(x, target_id - start, VECTOR)

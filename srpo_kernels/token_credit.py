@@ -241,8 +241,7 @@ def token_credit_fwd(
         UNIFORM_IF_MISSING=rule.missing_role == "uniform",
         PACKED=cu_seqlens is not None,
         BLOCK_T=launch.TOKENS_PER_BLOCK,
-        # one token a thread of "kl": Triton 3.8 gives it 32 registers, and two tokens spill
-        num_warps=launch.TOKEN_WARPS * (2 if rule.contrast_kind == "kl" else 1),
+        num_warps=launch.TOKEN_WARPS,
         **launch.FUSION,
     )  # fmt: skip
     return out, weights, flags, means

@@ -85,7 +85,7 @@ COMPILED = {
         (f"{GRADIENT}: spills", f"{GRADIENT}: stack"),
     ),
     "token block spills": Mutant(
-        "launch", (("TOKENS_PER_BLOCK = 512", "TOKENS_PER_BLOCK = 16384"),),
+        "launch", (("TOKENS_PER_BLOCK = 256", "TOKENS_PER_BLOCK = 16384"),),
         (f"{CREDIT}: spills", f"{LOSS}: spills"), ("precomputed",),
     ),
     "misaligned load": Mutant(
