@@ -24,7 +24,7 @@ import torch
 import transformers
 from bench_loss import environment
 from measure import measure
-from report import RESULTS, ROOT, path_of, with_block
+from report import GUIDE, RESULTS, path_of, with_block
 from tabulate import tabulate
 from torch import Tensor
 from trl.trainer.utils import selective_log_softmax
@@ -245,7 +245,7 @@ def table_of(found: dict[str, Any]) -> str:
 
 
 def readme_table() -> str:
-    """Return the README's table: the kept sweep, over one plain forward of the same sequences."""
+    """Return the guide's table: the kept sweep, over one plain forward of the same sequences."""
     kept = json.loads(next(iter(sorted((RESULTS / "scoring").glob("*.json")))).read_text())
     lines = []
     for x in sorted(kept["shapes"], key=lambda x: (x["prompt"], x["completion"], x["group"])):
@@ -267,7 +267,7 @@ def readme_table() -> str:
     about = (
         f"{kept['environment']['device']}; time over that of one plain forward, columns and memory of shared prompts"
     )
-    chart = "![Time over one plain forward, by size](benchmarks/results/scoring/cpu-2-threads.png)"
+    chart = "![Time over one plain forward, by size](results/scoring/cpu-2-threads.png)"
     return f"{about}\n\n{tabulate(lines, headers, tablefmt='github', floatfmt='.2f')}\n\n{chart}"
 
 
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=256, help="tokens of a completion")
     parser.add_argument("--sweep", action="store_true", help="vary each size around the others")
     parser.add_argument("--rounding", action="store_true", help="compare the roads in bf16, and time nothing")
-    parser.add_argument("--readme", action="store_true", help="write the table of the kept sweep into the README")
+    parser.add_argument("--readme", action="store_true", help="write the table of the kept sweep into the guide")
     parser.add_argument("--json", action="store_true", help="keep the results under benchmarks/results")
     parser.add_argument("--plot", action="store_true", help="draw the sweep that is kept there")
     options = parser.parse_args()
@@ -326,8 +326,7 @@ def main() -> None:
         print(rounding(build(), *make_inputs(options.group, options.prompt, options.completion)))
         return
     if options.readme:
-        path = ROOT / "README.md"
-        path.write_text(with_block(path.read_text(), BEGIN, END, readme_table()))
+        GUIDE.write_text(with_block(GUIDE.read_text(), BEGIN, END, readme_table()))
         return
     where = environment(torch.device("cpu"))
     path = RESULTS / "scoring" / path_of(where["device"]).name

@@ -5,7 +5,7 @@
     python benchmarks/learn_grounding.py --seeds 4           ... at policies from four warm starts
     python benchmarks/learn_grounding.py --train --seeds 8   whole runs, paired over seeds
     python benchmarks/learn_grounding.py --json --plot       write benchmarks/results/grounding/cpu.json and charts
-    python benchmarks/learn_grounding.py --readme            rewrite the README's section from that file
+    python benchmarks/learn_grounding.py --readme            rewrite the tables of benchmarks/grounding/README.md
 
 A small vision-language model is warmed up on pairs of handwritten digits, and asked to compute with them beside a hint
 that is often right in training and useless at test. Controls with a known outcome are measured too; where one comes
@@ -131,7 +131,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=min(len(os.sched_getaffinity(0)), 16), help="processes")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"default: {report.PATH.name}")
     parser.add_argument("--plot", action="store_true", help="draw the charts of the JSON file beside it")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's section from the JSON file")
+    parser.add_argument("--readme", action="store_true", help="rewrite the guide's tables from the JSON file")
     options = parser.parse_args(arguments)
     for name in ("seeds", "steps", "test", "workers"):
         if getattr(options, name) < 1:
@@ -149,8 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; return 1 where a control came out wrong."""
     options = parse(arguments)
     if options.readme:
-        readme = pathlib.Path(__file__).parents[1] / "README.md"
-        readme.write_text(report.with_section(readme.read_text()))
+        report.GUIDE.write_text(report.with_section(report.GUIDE.read_text()))
         return 0
     where, began = environment(torch.device("cpu")), time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,7 +1,7 @@
-"""Turn measured results into text, charts, and the README's tables.
+"""Turn measured results into text, charts, the guide's tables, and the README's claims.
 
 python benchmarks/report.py                  every table of every file in benchmarks/results
-python benchmarks/report.py --readme         rewrite the README's figures from the same files
+python benchmarks/report.py --readme         rewrite the tables of benchmarks/README.md, and the README's claims
 """
 
 import argparse
@@ -14,7 +14,19 @@ from tabulate import tabulate
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+GUIDE = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- figures: python benchmarks/report.py --readme -->", "<!-- end of figures -->"
+CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: python benchmarks/report.py --readme -->", "<!-- end of claims -->"
+CLAIMS = """On {device}, {date}, each a ratio within one run:
+
+- Loss from logits, forward and backward: {speed:.1f} times the speed of plain PyTorch, with {memory:.0%} of its extra
+  memory; two contrast streams in the same pass: {contrast_speed:.1f} times.
+- From hidden states, {rows} tokens: {gib:.2f} GiB of extra memory where plain PyTorch takes {eager_gib:.1f}. Where all
+  logits fit, at {small} tokens: {hidden_speed:.2f} times the speed of plain PyTorch, {liger_speed:.1f} times that of
+  Liger.
+- All three streams of {group} rollouts of a prompt: {shared:.2f} of the time of one plain forward, where three forwards
+  take {three:.1f}.
+- The credit stage alone is slower than ten lines of PyTorch that check nothing: {credit:.0f} ms for {cells} tokens."""
 HEADERS = ["provider", "ms", "p20", "p80", "x eager", "of floor", "peak MiB", ""]
 FORMATS = ("", ".1f", ".1f", ".1f", ".2f", ".2f", ".0f", "")
 SHOWN = ("forward + backward", "forward + backward, 2 contrast streams", "scoring", "contrast, weights, advantages")
@@ -122,7 +134,7 @@ def _panel(axis: Any, points: list[dict[str, Any]], along: str, what: str) -> No
 
 
 def readme_figures() -> str:
-    """Return the README's figures: the main tables of each device, and its charts."""
+    """Return the guide's figures: the main tables of each device, and its charts."""
     parts = []
     for path in sorted(RESULTS.glob("*.json")):
         known = json.loads(path.read_text())
@@ -130,7 +142,7 @@ def readme_figures() -> str:
             parts.append(_readme_tables(known["loss"]))
         if "growth" in known:
             where, charts = known["growth"]["environment"], sorted(path.parent.glob(f"{path.stem}-*.png"))
-            parts += [f"![{chart.stem}](benchmarks/results/{chart.name})" for chart in charts]
+            parts += [f"![{chart.stem}](results/{chart.name})" for chart in charts]
             command = "`python benchmarks/bench_loss.py --growth --json --plot`"
             note = "Where a curve runs below the dashed one, the machine ran faster than when the rate was measured."
             parts.append(f"{command}, {where['date']}, commit {where['commit']}. {note}")
@@ -151,26 +163,78 @@ def _readme_tables(run: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def with_figures(readme: str) -> str:
-    """Return the README with its figures made anew."""
-    return with_block(readme, BEGIN, END, readme_figures())
+def readme_claims() -> str:
+    """Return what the README claims of the first device, from the files alone."""
+    (path, *_) = sorted(RESULTS.glob("*.json"))
+    known = json.loads(path.read_text())
+    logits, contrasts, hidden, credit = (
+        _providers(known["loss"]["tables"], level, name)
+        for level, name in (
+            ("logits", "forward + backward"),
+            ("logits", "forward + backward, 2 contrast streams"),
+            ("hidden", "forward + backward"),
+            ("credit", "contrast, weights, advantages"),
+        )
+    )
+    points = [point for point in known["growth"]["points"] if point["axis"] == "rows"]
+    most = max(point["x"] for point in points if point["provider"] == "eager")
+    peaks = {point["provider"]: point["peak"] / 2**10 for point in points if point["x"] == most}
+    shapes = json.loads((RESULTS / "scoring" / path.name).read_text())["shapes"]
+    cases = next(x["cases"] for x in shapes if (x["prompt"], x["completion"], x["group"]) == (1100, 256, 8))
+    where, one = known["loss"]["environment"], cases["one forward"]["ms"]
+    shape, cells = hidden["shape"], credit["shape"]
+    return CLAIMS.format(
+        device=where["device"].replace("CPU", "a CPU"),
+        date=where["date"],
+        speed=logits["srpo"]["x_eager"],
+        memory=logits["srpo"]["peak"] / logits["eager"]["peak"],
+        contrast_speed=contrasts["srpo"]["x_eager"],
+        rows=most,
+        gib=peaks["srpo"],
+        eager_gib=peaks["eager"],
+        hidden_speed=hidden["srpo"]["x_eager"],
+        liger_speed=hidden["Liger"]["ms"] / hidden["srpo"]["ms"],
+        small=shape["B"] * shape["T"],
+        group=8,
+        shared=cases["shared prompts"]["ms"] / one,
+        three=cases["three forwards"]["ms"] / one,
+        credit=credit["srpo"]["ms"],
+        cells=cells["B"] * cells["T"],
+    )
+
+
+def _providers(tables: list[dict[str, Any]], level: str, name: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a table by provider, and its shape under "shape"."""
+    table = next(table for table in tables if (table["level"], table["title"]) == (level, name))
+    return {row["provider"]: row for row in table["rows"]} | {"shape": table["shape"]}
+
+
+def with_figures(guide: str) -> str:
+    """Return the guide with its figures made anew."""
+    return with_block(guide, BEGIN, END, readme_figures())
+
+
+def with_claims(readme: str) -> str:
+    """Return the README with its claims made anew."""
+    return with_block(readme, CLAIMS_BEGIN, CLAIMS_END, readme_claims())
 
 
 def with_block(readme: str, begin: str, end: str, text: str) -> str:
-    """Return the README with what is between two marks replaced."""
+    """Return a text with what is between two marks replaced."""
     before, _, rest = readme.partition(begin)
     after = rest.partition(end)[2]
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:
-    """Print all tables, or rewrite the README."""
+    """Print all tables, or rewrite the guide's and the README's claims."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's figures")
+    parser.add_argument("--readme", action="store_true", help="rewrite the guide's tables and the README's claims")
     options = parser.parse_args()
     if options.readme:
-        path = ROOT / "README.md"
-        path.write_text(with_figures(path.read_text()))
+        GUIDE.write_text(with_figures(GUIDE.read_text()))
+        readme = ROOT / "README.md"
+        readme.write_text(with_claims(readme.read_text()))
         return
     for path in sorted(RESULTS.glob("*.json")):
         known = json.loads(path.read_text())

@@ -15,7 +15,7 @@ from srpo.errors import ConfigError, ConfigWarning, Table, check_fields, checked
 from srpo.streams import STREAMS
 from srpo_kernels.rules import CreditRule, LossRule, kind_of
 
-# Beyond these bounds sign-dependent weights drift: method notes in the README, "Choosing bounds".
+# Beyond these bounds sign-dependent weights drift: srpo/README.md, "Choosing bounds".
 _TIGHT_BOUNDS = (0.8, 1.2)
 
 

@@ -200,13 +200,15 @@ class TestFiles:
         assert all(chart.stat().st_size > 20_000 for chart in charts)
         assert "active rows" in report.growth_text(points)
 
-    def test_the_readme_shows_what_the_files_hold(self):
-        readme = (ROOT / "README.md").read_text()
-        assert report.BEGIN in readme
-        assert report.with_figures(readme) == readme
-        assert bench_scoring.BEGIN in readme
+    def test_the_pages_show_what_the_files_hold(self):
+        guide, readme = report.GUIDE.read_text(), (ROOT / "README.md").read_text()
+        assert report.BEGIN in guide
+        assert report.with_figures(guide) == guide
+        assert bench_scoring.BEGIN in guide
         block = bench_scoring.readme_table()
-        assert report.with_block(readme, bench_scoring.BEGIN, bench_scoring.END, block) == readme
+        assert report.with_block(guide, bench_scoring.BEGIN, bench_scoring.END, block) == guide
+        assert report.CLAIMS_BEGIN in readme
+        assert report.with_claims(readme) == readme
 
     @pytest.mark.parametrize(
         "arguments", [["--shape", "2", "8"], ["--shape", "gpt-2"], ["--repeats", "0"], ["--plot"], ["--provider", "x"]]

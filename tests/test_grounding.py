@@ -331,9 +331,10 @@ class TestFiles:
         assert report.with_section(made, written) == made
         assert report.with_section("no markers", written) == "no markers"
 
-    def test_the_readme_shows_what_the_file_holds(self):
-        readme = (ROOT / "README.md").read_text()
-        assert report.with_section(readme) == readme
+    def test_the_guide_shows_what_the_file_holds(self):
+        guide = report.GUIDE.read_text()
+        assert report.BEGIN in guide
+        assert report.with_section(guide) == guide
 
     def test_words_for_a_difference(self):
         def found(gaps: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""Text, charts and the README's section of learn_grounding.py, made from its JSON file alone."""
+"""Text, charts and the guide's tables of learn_grounding.py, made from its JSON file alone."""
 
 import json
 import pathlib
@@ -10,6 +10,7 @@ from tabulate import tabulate
 from grounding import checks, runs
 
 ROOT = pathlib.Path(__file__).parents[2]
+GUIDE = ROOT / "benchmarks" / "grounding" / "README.md"
 PATH = ROOT / "benchmarks" / "results" / "grounding" / "cpu.json"
 BEGIN, END = "<!-- grounding: python benchmarks/learn_grounding.py --readme -->", "<!-- end of grounding -->"
 COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5"}
@@ -160,12 +161,12 @@ def runs_text(found: dict[str, Any]) -> str:
 
 
 def section(path: pathlib.Path = PATH) -> str:
-    """Return the README's section: what was found, on what, with which uncertainty."""
+    """Return the guide's tables: what was found, on what, with which uncertainty."""
     if not path.exists():
         return ""
     known, parts = json.loads(path.read_text()), []
     images = {
-        chart.stem: f"![{chart.stem}](benchmarks/results/grounding/{chart.name})"
+        chart.stem: f"![{chart.stem}](../results/grounding/{chart.name})"
         for chart in sorted(path.parent.glob(f"{path.stem}-*.png"))
     }
     if "gradient" in known:
@@ -188,8 +189,8 @@ def section(path: pathlib.Path = PATH) -> str:
     return "\n\n".join(parts)
 
 
-def with_section(readme: str, path: pathlib.Path = PATH) -> str:
-    """Return the README with its section made anew; one without the markers stays as it is."""
-    if BEGIN not in readme:
-        return readme
-    return with_block(readme, BEGIN, END, section(path))
+def with_section(guide: str, path: pathlib.Path = PATH) -> str:
+    """Return the guide with its tables made anew; one without the markers stays as it is."""
+    if BEGIN not in guide:
+        return guide
+    return with_block(guide, BEGIN, END, section(path))

@@ -112,7 +112,7 @@ def text(found: dict[str, Any], tablefmt: str = "simple") -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Format the runs for the README."""
+    """Format the runs for the guide."""
     return text(found, "github")
 
 

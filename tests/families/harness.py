@@ -231,7 +231,7 @@ class Rollout:
         return self.valid & (self.roles == 2) & self.seen.any(dim=1, keepdim=True)
 
     def without_pictures(self) -> dict[str, Any]:
-        """What the processor makes of corrupted pictures, as the README does it."""
+        """What the processor makes of corrupted pictures, as the guide does it."""
         dark = corrupt_images(self.images, PatchMask(0.6), seed=self.texts, processor=self.processor)
         return self.extended(self.processed(self.texts, dark), T)
 

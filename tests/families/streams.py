@@ -1,6 +1,6 @@
 """The three streams of a family against what its model says by itself, whole and in batches; all families in a table.
 
-PYTHONPATH=.:tests python -m families.streams            # prints the table of the README
+PYTHONPATH=.:tests python -m families.streams            # prints the table of srpo/README.md
 """
 
 from __future__ import annotations

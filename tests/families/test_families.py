@@ -56,18 +56,18 @@ def test_a_prompt_of_two_sequences_scores_alike(name, monkeypatch):
         assert torch.equal(got.isnan(), expected.isnan())
 
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+GUIDE = pathlib.Path(__file__).parents[2] / "srpo" / "README.md"
 
 
-def test_the_table_of_the_readme_has_all_families():
-    text = README.read_text()
+def test_the_table_of_the_guide_has_all_families():
+    text = GUIDE.read_text()
     assert f"| equal | {len(FAMILIES)} | {', '.join(FAMILIES)} |" in text
     assert f"computed once on {len(FAMILIES) - len(WHOLE)} of the {len(FAMILIES)}" in text
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen3_5"])
-def test_the_recipe_of_the_readme(name):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_recipe_of_the_guide(name):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (recipe,) = (block for block in blocks if "def score_rollout" in block)
     names = {"torch": torch, "PatchMask": PatchMask, "score_streams": score_streams}
     exec(recipe, names)

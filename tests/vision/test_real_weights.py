@@ -1,4 +1,4 @@
-"""The README's recipe for published weights, where they are on the disk already; nothing is downloaded."""
+"""The guide's recipe for published weights, where they are on the disk already; nothing is downloaded."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ def test_streams_of_published_weights():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
 def test_which_processors_load_without_torchvision(family, tmp_path):
-    """As the README says it: those of families that take videos do not."""
+    """As the guide says it: those of families that take videos do not."""
     processor = tiny_vlms.build(family)[1]
     if "qwen" not in family:
         processor.save_pretrained(tmp_path)
