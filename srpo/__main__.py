@@ -1,4 +1,4 @@
-"""The command line: `python -m srpo demo`, `env` and `report`."""
+"""The command line: `python -m srpo demo`, `check`, `report` and `env`."""
 
 import argparse
 import importlib
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.command == "report":
         return _report(options)
+    if options.command == "check":
+        return _check(options)
     return _run_demo(options)
 
 
@@ -67,6 +70,36 @@ def _report(options: argparse.Namespace) -> int:
     else:
         print(f"{summary_text(report.summary)}\n\npage  {page.resolve()}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Print what was found of a model: 0 where it is ready, 1 where something is wrong, 2 where it cannot be loaded."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from srpo.check import check_model, loading
+    from srpo.roles import RoleGrammar
+
+    def progress(step: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{step} ...", end="", file=sys.stderr, flush=True)
+
+    try:
+        grammar = RoleGrammar(**options.role_grammar)
+        images = loading.pictures(options.images, 2)
+        progress(f"loading {options.model}")
+        model, processor = loading.load(options.model, options.dtype, options.device)
+        found = check_model(
+            model, processor, images, grammar=grammar, rollouts=options.rollouts, length=options.length,
+            progress=progress,
+        )  # fmt: skip
+    except SRPOError as error:
+        progress("")
+        print(f"python -m srpo check: {error}", file=sys.stderr)
+        return 2
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    width = shutil.get_terminal_size().columns
+    print(json.dumps(found.to_json(), indent=1) if options.json else found.text(width))
+    return 0 if found.is_good else 1
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -108,8 +141,30 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, also of one that was killed")
     report.add_argument("--page", metavar="PATH", help="where the page goes; RUN_DIR/srpo_report.html if not said")
     report.add_argument("--json", action="store_true", help="print the summary as JSON")
+    check = commands.add_parser(
+        "check", help="say whether a model, its processor and a response format work, before a cluster is spent",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    check.add_argument("model", metavar="MODEL_OR_PATH", help="a folder of save_pretrained, or a name on the hub")
+    check.add_argument("--images", metavar="DIR", help="pictures of the task; drawn ones if not said")
+    check.add_argument("--role-grammar", metavar="JSON", type=_object, default={}, help="as SRPOConfig(role_grammar=)")
+    check.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    check.add_argument("--rollouts", type=_positive, default=64, help="of the step whose cost is estimated")
+    check.add_argument("--length", type=_positive, default=512, help="tokens of their completions")
+    check.add_argument("--json", action="store_true", help="print findings and figures as JSON")
     commands.add_parser("env", help="print versions, the device and the backend that would be chosen")
     return parser
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not an object such as \'{{"opens_with": "think"}}\'')
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
 
 
 def _positive(text: str) -> int:

@@ -42,7 +42,7 @@ def test_reference_and_kernels_never_import_each_other():
 def room_of(module: str) -> int:
     """Return how far from the kernels a module stands; one may import its own room and those before it."""
     rooms = (
-        ("srpo.integrations", "srpo.demo", "srpo.recipes", "srpo.__main__"),
+        ("srpo.integrations", "srpo.demo", "srpo.check", "srpo.recipes", "srpo.__main__"),
         ("srpo.viz",),
         ("srpo.rollout", "srpo.settings"),
         ("srpo.vision",),
