@@ -4,6 +4,7 @@
     python benchmarks/learn_grounding.py --quick             one policy, fewer batches: under a minute
     python benchmarks/learn_grounding.py --seeds 4           ... at policies from four warm starts
     python benchmarks/learn_grounding.py --train --seeds 8   whole runs, paired over seeds
+    python benchmarks/learn_grounding.py --spread --seeds 3  the luck of sampled tokens: log-ratio, k3, whole vocabulary
     python benchmarks/learn_grounding.py --json --plot       write benchmarks/results/grounding/cpu.json and charts
     python benchmarks/learn_grounding.py --readme            rewrite the tables of benchmarks/grounding/README.md
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from bench_loss import environment
-from grounding import checks, gradient, report, train
+from grounding import checks, gradient, report, spread, train
 from grounding.model import PrefixVLM, warm_started
 from grounding.workers import Workers
 from rich.console import Console
@@ -116,11 +117,20 @@ def train_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
     return {"seeds": seeds, "steps": options.steps, "p_hint": train.HINT, "runs": [run._asdict() for run in runs]}
 
 
+def spread_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure how much of a contrast is luck, at the warm start of each seed."""
+    seeds = list(range(options.seed, options.seed + options.seeds))
+    policies = workers.map("policies", checkpoint, [(seed, train.HINT, 0) for seed in seeds])
+    jobs = [(policy, train.HINT, seed) for policy, seed in zip(policies, seeds, strict=True)]
+    return {"seeds": seeds, "p_hint": train.HINT, "policies": workers.map("spreads", spread.measure, jobs)}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one setting, fewer batches")
     parser.add_argument("--train", action="store_true", help="whole runs instead of gradients")
+    parser.add_argument("--spread", action="store_true", help="spread of contrasts over resampled tokens")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="warm starts; with --train, paired runs")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
@@ -133,6 +143,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="draw the charts of the JSON file beside it")
     parser.add_argument("--readme", action="store_true", help="rewrite the guide's tables from the JSON file")
     options = parser.parse_args(arguments)
+    if options.train + options.quick + options.spread > 1:
+        parser.error("--train, --quick and --spread are different runs: pass one")
     for name in ("seeds", "steps", "test", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} got {getattr(options, name)}, expected at least 1")
@@ -157,17 +169,18 @@ def main(arguments: list[str] | None = None) -> int:
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         Workers(options.workers, progress) as workers,
     ):
-        found = (train_run if options.train else gradient_run)(workers, options)
-    found = {"environment": where, **found}
-    print(report.runs_text(found) if options.train else report.gradient_text(found))
+        part = "runs" if options.train else "spread" if options.spread else "gradient"
+        measured = {"runs": train_run, "spread": spread_run, "gradient": gradient_run}[part](workers, options)
+    found = {"environment": where, **measured}
+    print({"runs": report.runs_text, "spread": report.spread_text, "gradient": report.gradient_text}[part](found))
     print(f"\n{time.perf_counter() - began:.0f} s with {options.workers} workers")
     if options.json is not None:
         path = pathlib.Path(options.json) if options.json else report.PATH
-        report.save(path, "runs" if options.train else "gradient", found)
+        report.save(path, part, found)
         print(f"wrote {path}")
         for chart in report.plot(path) if options.plot else ():
             print(f"wrote {chart}")
-    return int(not options.train and bool(checks.broken(found["checks"], next(iter(found["settings"])))))
+    return int(part == "gradient" and bool(checks.broken(found["checks"], next(iter(found["settings"])))))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from processes import run_python
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import learn_grounding  # noqa: E402
-from grounding import checks, gradient, report, rollouts, runs, task, train  # noqa: E402
+from grounding import checks, gradient, report, rollouts, runs, spread, task, train  # noqa: E402
 from grounding import model as models  # noqa: E402
 from grounding.workers import Workers  # noqa: E402
 from rich.progress import Progress  # noqa: E402
@@ -231,6 +231,38 @@ class TestGradient:
             np.testing.assert_array_equal(a, b)
             assert a is not c
         assert not np.array_equal(twice[0].squares, other.squares)
+
+
+class TestSpread:
+    def test_spreads_are_those_of_drawn_tokens(self):
+        """A million draws from two distributions that are known."""
+        p, q = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).double(), torch.tensor([[0.3, 0.5, 0.2]]).double()
+        kl = (p * (p / q).log()).sum(-1)
+        rows = {row["kind"]: row for row in spread._spreads("perception", p.log(), q.log().expand(2, -1), kl.float())}
+        drawn = torch.multinomial(p, 1_000_000, replacement=True, generator=seeded())
+        ratio = (p.log() - q.log()).gather(1, drawn)
+        for kind, x in (("log-ratio", ratio), ("k3", (-ratio).exp() - 1 + ratio)):
+            assert rows[kind]["mean"] == pytest.approx(x.mean().item(), abs=2e-3)
+            assert rows[kind]["within"] == pytest.approx(x.var(1).mean().sqrt().item(), rel=5e-3)
+            assert 0 < rows[kind]["luck"] < 1
+        assert (rows["kl"]["within"], rows["kl"]["luck"]) == (0, 0)
+        assert rows["kl"]["between"] == pytest.approx(kl.std().item(), rel=1e-4)
+
+    def test_a_divergence_that_is_wrong_ends_the_run(self):
+        p = torch.tensor([[0.7, 0.3]]).double().log()
+        with pytest.raises(AssertionError, match="nats off the sum"):
+            spread._spreads("perception", p, p.flip(1), torch.tensor([0.5]))
+
+    def test_of_a_policy(self, model, monkeypatch):
+        monkeypatch.setattr(spread, "PROBLEMS", 4)
+        monkeypatch.setattr(spread, "REPEATS", 1)
+        found = spread.measure(model, 0.5, 0)
+        assert [(row["role"], row["kind"]) for row in found["rows"]] == [
+            (role, kind) for role in ("perception", "reasoning") for kind in spread.KINDS
+        ]
+        assert all(row["mean"] > 0 for row in found["rows"])
+        again = spread.measure(model, 0.5, 0)
+        assert again["rows"] == found["rows"]
 
 
 class TestChecks:

@@ -16,6 +16,12 @@ BEGIN, END = "<!-- grounding: python benchmarks/learn_grounding.py --readme -->"
 COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5"}
 UNCERTAINTY = "95 % intervals of a bootstrap over batches and rollouts at these policies, one method at a time"
 OTHER, CONTROL = "#555555", "#d98200"
+SPREAD_HEADERS = ("role", "contrast", "mean, nats", "deviation between tokens", "deviation over the draw", "luck")
+SPREAD = (
+    "How much of a contrast is the luck of the token that was sampled? The log-ratio and k3 of a drawn token both have "
+    "the mean of the divergence over the vocabulary; their deviation over the draw is computed exactly. Luck is its "
+    "share of the variance of what the weights see."
+)
 HEADERS = ("method", "hint-free reward, / GRPO", "warm starts", "grounded-correct, / GRPO", "copying (cosine)")
 
 
@@ -160,6 +166,23 @@ def runs_text(found: dict[str, Any]) -> str:
     return f"{about(found)}\n\n{runs.text(found)}"
 
 
+def spread_text(found: dict[str, Any], tablefmt: str = "simple") -> str:
+    """Format the spread of contrasts over the token that was drawn, the mean over policies."""
+    policies = found["policies"]
+    rows = []
+    for row in zip(*(policy["rows"] for policy in policies), strict=True):
+        mean, between, within, luck = (
+            sum(x[name] for x in row) / len(row) for name in ("mean", "between", "within", "luck")
+        )
+        head = (row[0]["role"], row[0]["kind"])
+        rows.append([*head, f"{mean:.2f}", f"{between:.2f}", f"{within:.2f}", f"{luck:.0%}"])
+    body = tabulate(rows, SPREAD_HEADERS, tablefmt=tablefmt, disable_numparse=True)
+    ratios = [policy["kl_over_log_ratio"] for policy in policies]
+    times = f"Scoring for divergences takes {min(ratios):.2f} to {max(ratios):.2f} times as long as for log-ratios."
+    policy = f"{len(policies)} warm starts, {policies[0]['rollouts']} rollouts each"
+    return f"{about(found)}\n\n{policy}:\n\n{body}\n\n{times}"
+
+
 def section(path: pathlib.Path = PATH) -> str:
     """Return the guide's tables: what was found, on what, with which uncertainty."""
     if not path.exists():
@@ -181,6 +204,10 @@ def section(path: pathlib.Path = PATH) -> str:
         parts.append(f"Controls: {counts}.")
         parts.append(verdict(found).replace("\n", "  \n"))
         parts += [image for stem, image in images.items() if stem.endswith("efficiency")]
+    if "spread" in known:
+        found = known["spread"]
+        parts.append(f"`python benchmarks/learn_grounding.py --spread {seeds_of(found)}`:  \n{SPREAD}")
+        parts.append(spread_text(found, "github"))
     if "runs" in known:
         found = known["runs"]
         parts.append(f"`python benchmarks/learn_grounding.py --train {seeds_of(found)}`:  \n{about(found)}")
