@@ -1,10 +1,11 @@
-"""What verl loads: importing this registers the trainer `srpo_sync`, or says aloud why it cannot.
+"""What verl loads: importing this registers the trainer `srpo_sync` and repairs positions, or says aloud why not.
 
 verl imports the entry points of `verl.plugins` in every process, calls nothing, and hides an exception in its debug
 log. So nothing is raised here: an error is logged, and a placeholder that raises it takes the place of the trainer.
 Both wait until verl imports its trainers, which takes seconds and happens in few of its processes.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
@@ -13,15 +14,17 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from srpo.errors import ConfigError, IncompatibleVersionError, SRPOError, house_message, refuse
+from srpo.integrations import verl_positions
 from srpo.integrations.verl import CreditStages, check_pictures
 from srpo.settings import CreditSettings
 from srpo.vision.corruption import PixelLayout
 
 NAME = "srpo_sync"
-TRAINERS = "verl.trainer.ppo.v1"
+TRAINERS, POSITIONS = "verl.trainer.ppo.v1", "verl.utils.tensordict_utils"
 TESTED = ("0.9.0", "0.9.1")
 # What the trainer calls or overrides: of a module, the functions, or methods of a class, with their first parameters.
 _NEEDED = {
@@ -188,22 +191,38 @@ def _incompatible(argument: str, got: str, expected: str) -> IncompatibleVersion
     return IncompatibleVersionError(house_message("verl_plugin", argument, got, expected, fix))
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Call `register` once verl has imported its trainers."""
+class _AroundImport(importlib.abc.MetaPathFinder):
+    """Call something before, and something after verl has imported a module."""
+
+    def __init__(self, name: str, before: Callable[[], Any], after: Callable[[Any], Any]) -> None:
+        self.name, self.before, self.after = name, before, after
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != TRAINERS:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec: Any = importlib.util.find_spec(fullname)
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: Any) -> None:
+        def execute_between(module: Any) -> None:
+            self.before()
             execute(module)
-            register()
+            self.after(module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_between
         return spec
+
+
+def _warn_of_the_environment() -> None:
+    """Say what makes verl's own imports fail, or its actor die later, while its messages do not."""
+    log = logging.getLogger(__name__)
+    if not _exists("transfer_queue"):
+        log.error(
+            "srpo: verl's trainers need TransferQueue, which verl alone does not bring: pip install 'verl[verl-core]'"
+        )
+    with contextlib.suppress(PackageNotFoundError):
+        if int((found := version("trl")).partition(".")[0]) >= 1:
+            log.error("srpo: verl's actor dies beside trl %s: give verl an environment without trl 1.0 or later", found)
 
 
 def _exists(module: str) -> bool:
@@ -213,7 +232,17 @@ def _exists(module: str) -> bool:
         return False
 
 
-if TRAINERS in sys.modules or not _exists(TRAINERS):
-    register()
+def _once_imported(name: str, before: Callable[[], Any], after: Callable[[Any], Any]) -> None:
+    """Call `after` with a module when verl imports it, now where it has."""
+    if name in sys.modules:
+        after(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AroundImport(name, before, after))
+
+
+if _exists(POSITIONS):
+    _once_imported(POSITIONS, lambda: None, verl_positions.repair)
+if _exists(TRAINERS):
+    _once_imported(TRAINERS, _warn_of_the_environment, lambda _: register())
 else:
-    sys.meta_path.insert(0, _AfterImport())
+    register()

@@ -98,6 +98,21 @@ def compare(trainer: Any, queue: Any, model: Any, processor: Any) -> None:
     print(f"verl {verl.__version__}: both stages agree", sorted(name for name in metrics if name.startswith("srpo/")))
 
 
+def compare_positions(queue: Any) -> None:
+    """Rows of one length through the transfer queue and the function that verl's workers call on them."""
+    from verl.utils import tensordict_utils
+    from verl.workers.engine.base import maybe_fix_3d_position_ids
+
+    rows = [torch.randint(99, (4, 7)) for _ in range(3)]
+    keys, tags = [f"equal_{i}" for i in range(3)], [{"status": "success"}] * 3
+    fields = tensordict_utils.list_of_dict_to_tensordict([{"position_ids": row} for row in rows])
+    queue.kv_batch_put(keys=keys, partition_id="equal", fields=fields, tags=tags)
+    data = queue.kv_batch_get(keys=keys, partition_id="equal", select_fields=["position_ids"])
+    maybe_fix_3d_position_ids(data)
+    assert all(torch.equal(a, b) for a, b in zip(data["position_ids"].unbind(), rows, strict=True))
+    queue.kv_clear(keys=keys, partition_id="equal")
+
+
 def run(config: Any) -> None:
     import ray
     import transfer_queue
@@ -115,6 +130,8 @@ def run(config: Any) -> None:
     trainer.global_steps, trainer.actor_rollout_wg = 1, Workers(model, transfer_queue)
     try:
         compare(trainer, transfer_queue, model, processor)
+        compare_positions(transfer_queue)
+        print("positions of rows of one length are right")
     finally:
         transfer_queue.close()
         ray.shutdown()

@@ -71,7 +71,25 @@ VERL = {
         def kv_clear(keys, partition_id): ...
     """,
     "tensordict.py": "",
+    "verl/utils/__init__.py": "",
+    "verl/utils/tensordict_utils.py": """
+        def maybe_fix_3d_position_ids(data):
+            if "position_ids" in data.keys() and data["position_ids"].dim() == 3 and data["position_ids"].is_nested:
+                data["position_ids"]._ragged_idx = 2
+    """,
+    "verl/workers.py": "from verl.utils.tensordict_utils import maybe_fix_3d_position_ids",
 }
+EQUAL_ROWS = """
+import torch, verl
+from verl.workers import maybe_fix_3d_position_ids
+for lengths in ((7, 7, 7), (12, 12, 12), (4, 4), (7, 3), (4,)):
+    rows = [torch.randint(99, (4, length)) for length in lengths]
+    data = {"position_ids": torch.nested.as_nested_tensor(rows, layout=torch.jagged), "input_ids": None}
+    maybe_fix_3d_position_ids(data)
+    found = data["position_ids"].unbind()
+    print(lengths, len(found) == len(rows) and all(torch.equal(a, b) for a, b in zip(found, rows)))
+maybe_fix_3d_position_ids({"input_ids": None})
+"""
 USE = """
 import sys, types
 import verl
@@ -157,6 +175,35 @@ class TestPlugin:
         assert "srpo cannot be used in this verl" in done.stderr
         assert "0.9.0, 0.9.1" in done.stderr
 
+    def test_positions_of_rows_of_one_length(self, tmp_path):
+        """verl's workers import the function by name: it is repaired before, in whatever process."""
+        write_site(tmp_path, VERL)
+        done = python(tmp_path, "-c", EQUAL_ROWS)
+        assert done.stdout.count("True") == 5, done.stdout + done.stderr
+
+    def test_without_the_repair_rows_are_others(self, tmp_path):
+        write_site(tmp_path, {**VERL, "verl/__init__.py": ""})
+        done = python(tmp_path, "-c", EQUAL_ROWS)
+        assert "(7, 7, 7) True" not in done.stdout
+
+    def test_a_verl_that_is_sound_is_left_alone(self, tmp_path):
+        sound = """
+            def maybe_fix_3d_position_ids(data):
+                pass
+        """
+        write_site(tmp_path, {**VERL, "verl/utils/tensordict_utils.py": sound})
+        check = "import verl; from verl.utils.tensordict_utils import maybe_fix_3d_position_ids as f"
+        done = python(tmp_path, "-c", f"{check}; print(hasattr(f, '__wrapped__'))")
+        assert done.stdout == "False\n", done.stderr
+
+    def test_what_breaks_verl_is_said(self, tmp_path):
+        write_site(tmp_path, {name: text for name, text in VERL.items() if name != "transfer_queue.py"} | {
+            "trl-1.2.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: trl\nVersion: 1.2.0\n"
+        })  # fmt: skip
+        done = python(tmp_path, "-c", "import verl, verl.trainer.ppo.v1")
+        assert "pip install 'verl[verl-core]'" in done.stderr
+        assert "verl's actor dies beside trl 1.2.0" in done.stderr
+
 
 class TestVerlConfig:
     """`settings_of` on configs of dicts; the real one is composed in the slow test."""
@@ -231,6 +278,7 @@ def test_in_verl(version, packages, tmp_path):
     script = str(pathlib.Path(__file__).with_name("real_verl.py"))
     done = python(tmp_path, script, "run", more=packages)
     assert f"verl {version}: both stages agree" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "positions of rows of one length are right" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     base = tmp_path / "verl/trainer/ppo/v1/trainer_base.py"
     base.write_text(base.read_text().replace("_compute_advantage(", "_compute_token_advantage("))
     done = python(tmp_path, script, "refuse", more=packages)
