@@ -47,7 +47,7 @@ def _pair_chunk(
     row_ptr, against_ptr, x, y, first, last, end, stride_v, against_stride_v, target_id, target, against_target, scale,
     UNIT_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr, HAS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Reduce columns `[first, last)` of two rows, of which `x` and `y` hold the first block.
+    """Reduce columns `[first, last)` of two rows, of which `x` and `y` hold the first block unless `HAS_EDGE`.
 
     Returns max, sum and weighted of the first row, max and sum of the second, the cross sum, the largest x where y is
     banned, both targets, and the blocks that follow, whose vectors end at `end`.
@@ -158,8 +158,9 @@ def _row_pairs_fwd_kernel(
     against_max, against_sum = tl.cast(float("-inf"), tl.float32), 0.0
     cross, banned = 0.0, tl.cast(float("-inf"), tl.float32)
     end = whole_vectors_end(V, VECTOR, HAS_EDGE)
-    x = load_block(row_ptr, 0, end, stride_v, UNIT_STRIDE, BLOCK_V)
-    y = load_block(against_row_ptr, 0, end, against_stride_v, UNIT_STRIDE, BLOCK_V)
+    ahead = 0 if HAS_EDGE else end
+    x = load_block(row_ptr, 0, ahead, stride_v, UNIT_STRIDE, BLOCK_V)
+    y = load_block(against_row_ptr, 0, ahead, against_stride_v, UNIT_STRIDE, BLOCK_V)
     for first in range(0, V, CHUNK_V):
         c_max, c_sum, c_weighted, k_max, k_sum, c_cross, c_banned, target, against_target, x, y = _pair_chunk(
             row_ptr, against_row_ptr, x, y, first, tl.minimum(first + CHUNK_V, V), end, stride_v, against_stride_v,
@@ -203,8 +204,9 @@ def _row_pair_chunks_fwd_kernel(
     first = chunk * CHUNK_V
     last = tl.minimum(first + CHUNK_V, V)
     end = whole_vectors_end(last, VECTOR, HAS_EDGE)
-    x = load_block(row_ptr, first, end, stride_v, UNIT_STRIDE, BLOCK_V)
-    y = load_block(against_row_ptr, first, end, against_stride_v, UNIT_STRIDE, BLOCK_V)
+    ahead = first if HAS_EDGE else end
+    x = load_block(row_ptr, first, ahead, stride_v, UNIT_STRIDE, BLOCK_V)
+    y = load_block(against_row_ptr, first, ahead, against_stride_v, UNIT_STRIDE, BLOCK_V)
     nan = tl.cast(float("nan"), tl.float32)
     row_max, row_sum, weighted, against_max, against_sum, cross, banned, target, against_target, x, y = _pair_chunk(
         row_ptr, against_row_ptr, x, y, first, last, end, stride_v, against_stride_v, target_id, nan, nan, scale,
