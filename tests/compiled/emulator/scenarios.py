@@ -298,7 +298,7 @@ def scenarios(quick: bool) -> dict[str, Callable[[], Result]]:
         "sequence": {"importance_sampling_level": "sequence_token", "loss_type": "grpo"},
         "sequence kl": {"importance_sampling_level": "sequence_token", "use": ("old", "ref"), "beta": 0.1},
     }  # fmt: skip
-    for T in (7,) if quick else (7, 512, 1300):  # a block of tokens is 512
+    for T in (7,) if quick else (7, 256, 1300):  # a block of tokens is 256
         batch = Batch(B=3, T=T, V=2, layout="rows", seed=T)
         for name, chosen in options.items():
             found[f"from log-probs, {name} T={T}"] = functools.partial(loss, batch, entry="logps", **chosen)

@@ -37,14 +37,16 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def emulation(cache):
-    """The quick table, and what is found of each fault."""
+    """The quick table, what is found of each fault, and layouts, on two cores."""
     file = cache / "table.json"
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2) as pool:
         command = ("-m", "compiled.emulator.compare", "--targets", "sm_90", "--quick", "--json", file)
         table = pool.submit(python, cache, *command, codes=(0, 1))  # 1: the rows say what failed
-        found = json.loads(python(cache, "-m", "compiled.emulator.faults"))
+        faults = pool.submit(python, cache, "-m", "compiled.emulator.faults")
+        layouts = pool.submit(python, cache, "-m", "compiled.emulator.layouts", "--quick")
+        found = {(kernel, name): text for kernel, name, text in json.loads(faults.result())}
         table.result()
-    return {"found": {(kernel, name): text for kernel, name, text in found}} | json.loads(file.read_text())
+    return {"found": found, "layouts": json.loads(layouts.result())} | json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("name", scenarios(quick=True))
@@ -65,10 +67,17 @@ def test_a_fault_in_a_real_kernel_is_found(emulation, name):
     assert wanted in ("wrong", "right") or kernel in found
 
 
-@pytest.mark.parametrize("options", [("--quick",), pytest.param((), marks=pytest.mark.slow)], ids=["quick", "all"])
-def test_no_layout_moves_a_bit(cache, options):
+def test_no_layout_moves_a_bit(emulation):
+    check_layouts(emulation["layouts"])
+
+
+@pytest.mark.slow
+def test_no_layout_of_all_moves_a_bit(cache):
+    check_layouts(json.loads(python(cache, "-m", "compiled.emulator.layouts")))
+
+
+def check_layouts(compared):
     """Alignment, strides, other streams, entropies, splitting: on-policy the ratio is exactly 1."""
-    compared = json.loads(python(cache, "-m", "compiled.emulator.layouts", *options))
     assert compared
     for name, result in compared.items():
         assert result["compared"] >= 20
