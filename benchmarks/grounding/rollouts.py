@@ -12,7 +12,6 @@ from srpo import (
     METHODS,
     PatchMask,
     Role,
-    StreamLogps,
     group_advantages,
     role_weighted_grpo_loss_from_logps,
     score_streams,
@@ -88,7 +87,7 @@ def score(
     problems, reading = rollouts.problems, rollouts.reading
     # the corrupted stream on all tokens, since some methods read it there; one forward less where nobody reads it
     first = "vppo" if "corrupted_logps" in needs else "grpo"
-    streams = _streams(model, rollouts, credit=first, generator=generator)
+    streams = streams_of(model, rollouts, credit=first, generator=generator)
     signals = {
         "logps": streams.logps,
         "completion_mask": rollouts.mask,
@@ -101,7 +100,7 @@ def score(
     if "corrupted_logps" in needs:
         signals["corrupted_logps"] = streams.corrupted_logps
     if "ablated_logps" in needs:
-        ablated = _streams(model, rollouts, credit="srpo", streams=("clean", "ablated"))
+        ablated = streams_of(model, rollouts, credit="srpo", streams=("clean", "ablated"))
         signals["ablated_logps"] = ablated.ablated_logps
     if "teacher_logps" in needs:  # the teacher is the policy with the right answer as its hint
         signals["teacher_logps"] = _logps(model, rollouts, problems._replace(hint=problems.answer))
@@ -120,15 +119,22 @@ def loss(name: str, logps: Tensor, weights: Tensor, signals: dict[str, Any]) -> 
     return out.loss + METHODS[name].loss_term(logps, **signals)
 
 
-def _streams(model: PrefixVLM, rollouts: Rollouts, **options: Any) -> StreamLogps:
+def model_inputs(model: PrefixVLM, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Return what the model is called with: pictures, prompts and completions."""
+    image = torch.full((len(rollouts.ids), PATCHES), model.config.image_token_id)
+    prompt = torch.cat([image, rollouts.problems.prompt_ids], 1)
+    return {
+        "input_ids": torch.cat([prompt, rollouts.ids], 1),
+        "attention_mask": torch.cat([torch.ones_like(prompt), rollouts.mask.long()], 1),
+        "pixel_values": rollouts.problems.pixels,
+    }
+
+
+def streams_of(model: PrefixVLM, rollouts: Rollouts, **options: Any) -> Any:
     """Score a batch as any user of the library does."""
-    problems, ids = rollouts.problems, rollouts.ids
-    image = torch.full((len(ids), PATCHES), model.config.image_token_id)
-    prompt = torch.cat([image, problems.prompt_ids], 1)
     return score_streams(
-        model, torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt), rollouts.mask.long()], 1), ids.shape[1],
-        role_ids=rollouts.reading.role_ids, corruption=CORRUPTION, pixel_layout=LAYOUT, pixel_values=problems.pixels,
-        **options,
+        model, logits_to_keep=rollouts.ids.shape[1], role_ids=rollouts.reading.role_ids, corruption=CORRUPTION,
+        pixel_layout=LAYOUT, **model_inputs(model, rollouts), **options,
     )  # fmt: skip
 
 

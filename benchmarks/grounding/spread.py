@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from grounding import task
-from grounding.model import LAYOUT, PATCHES, PREFIX, PrefixVLM
-from grounding.rollouts import CORRUPTION, ROLLOUTS, Rollouts, roll_out
-from srpo import CreditConfig, Role, StreamDivergences, score_streams
+from grounding.model import LAYOUT, PREFIX, PrefixVLM
+from grounding.rollouts import CORRUPTION, ROLLOUTS, Rollouts, model_inputs, roll_out, streams_of
+from srpo import CreditConfig, Role, StreamDivergences
 
 PROBLEMS, REPEATS = 64, 7
 KL = CreditConfig(contrast_kind="kl")
@@ -26,9 +26,9 @@ def measure(model: PrefixVLM, p_hint: float, seed: int) -> dict[str, Any]:
     """Return the spread of each kind of contrast for each role, and the time of scoring for it."""
     generator = torch.Generator().manual_seed(seed)
     rollouts = roll_out(model, task.draw(PROBLEMS, generator, held_out=True, p_hint=p_hint), ROLLOUTS, generator)
-    inputs = _inputs(model, rollouts)
+    inputs = model_inputs(model, rollouts)
     dark = CORRUPTION.on_inputs(inputs, LAYOUT, generator=seed)["pixel_values"]
-    found = _score(model, rollouts, inputs, dark, KL)
+    found = streams_of(model, rollouts, credit=KL, corrupted_inputs={"pixel_values": dark})
     assert isinstance(found, StreamDivergences)
     roles, hidden = rollouts.reading.role_ids, inputs["attention_mask"].clone()
     hidden[:, PREFIX:][roles == Role.PERCEPTION] = 0
@@ -42,26 +42,8 @@ def measure(model: PrefixVLM, p_hint: float, seed: int) -> dict[str, Any]:
         assert kl is not None
         at = (roles == role) & rollouts.mask
         rows += _spreads(name, clean[at], against[at], kl[at])
-    times = _times(model, rollouts, inputs, dark)
+    times = _times(model, rollouts, dark)
     return {"seed": seed, "rollouts": len(rollouts.ids), "rows": rows, "kl_over_log_ratio": times}
-
-
-def _inputs(model: PrefixVLM, rollouts: Rollouts) -> dict[str, Tensor]:
-    image = torch.full((len(rollouts.ids), PATCHES), model.config.image_token_id)
-    prompt = torch.cat([image, rollouts.problems.prompt_ids], 1)
-    return {
-        "input_ids": torch.cat([prompt, rollouts.ids], 1),
-        "attention_mask": torch.cat([torch.ones_like(prompt), rollouts.mask.long()], 1),
-        "pixel_values": rollouts.problems.pixels,
-    }
-
-
-def _score(model: PrefixVLM, rollouts: Rollouts, inputs: dict[str, Tensor], dark: Tensor, credit: Any) -> Any:
-    given = {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")}
-    return score_streams(
-        model, inputs["input_ids"], inputs["attention_mask"], rollouts.ids.shape[1],
-        role_ids=rollouts.reading.role_ids, credit=credit, corrupted_inputs={"pixel_values": dark}, **given,
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -93,14 +75,14 @@ def _spreads(role: str, clean: Tensor, against: Tensor, kl: Tensor) -> list[dict
     ]
 
 
-def _times(model: PrefixVLM, rollouts: Rollouts, inputs: dict[str, Tensor], dark: Tensor) -> float:
+def _times(model: PrefixVLM, rollouts: Rollouts, dark: Tensor) -> float:
     """Return the time of scoring for divergences over that for log-ratios: the median of runs in turn."""
     ratios = []
     for _ in range(REPEATS):
         taken = []
         for credit in ("srpo", KL):
             began = time.perf_counter()
-            _score(model, rollouts, inputs, dark, credit)
+            streams_of(model, rollouts, credit=credit, corrupted_inputs={"pixel_values": dark})
             taken.append(time.perf_counter() - began)
         ratios.append(taken[1] / taken[0])
     return sorted(ratios)[len(ratios) // 2]

@@ -2,7 +2,7 @@
 
 python -m srpo check MODEL_OR_PATH [--images DIR]
 
-or, with a model at hand, `check_model(model, processor)`.
+or, with a model at hand, `check_model(model, processor, images)`.
 """
 
 from srpo.check.findings import Check, Finding

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from srpo.errors import ConfigError, IncompatibleVersionError
+from srpo.errors import ConfigError, IncompatibleVersionError, house_message, refuse
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TORCHVISION = (
@@ -25,8 +25,8 @@ def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
     except ImportError as error:
-        fix = "pip install -e '.[vlm]'"
-        raise IncompatibleVersionError(f"check: transformers got {error}, expected 5.5 or later; {fix}.") from error
+        text = house_message("check", "transformers", str(error), "5.5 or later", "pip install -e '.[vlm]'")
+        raise IncompatibleVersionError(text) from error
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with _explained("processor", name):
@@ -46,8 +46,8 @@ def _explained(what: str, name: str) -> Iterator[None]:
         fix = "pass a folder that save_pretrained wrote, or the name of a vision-language model on the hub"
         if importlib.util.find_spec("torchvision") is None and what == "processor":
             fix = f"{fix}; of families that take videos too, {TORCHVISION}"
-        text = f"check: {what} got {name!r} ({reason}), expected one that transformers loads; {fix}."
-        raise ConfigError(text) from error
+        got, expected = f"{name!r} ({reason})", "one that transformers loads"
+        raise ConfigError(house_message("check", what, got, expected, fix)) from error
 
 
 def pictures(folder: str | None, count: int) -> list[Any]:
@@ -65,11 +65,10 @@ def pictures(folder: str | None, count: int) -> list[Any]:
         return drawn
     paths = sorted(path for path in pathlib.Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ConfigError(
-            f"check: images got {folder!r}, expected a folder with pictures; try one with a .png or .jpg."
-        )
+        refuse(ConfigError, "check", "images", repr(folder), "a folder with pictures", "try one with a .png or .jpg")
     try:
         opened = [Image.open(path).convert("RGB") for path in paths[:count]]
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"check: images got {error}, expected pictures; take the file out of the folder.") from error
+        text = house_message("check", "images", str(error), "pictures", "take the file out of the folder")
+        raise ConfigError(text) from error
     return [opened[i % len(opened)] for i in range(count)]

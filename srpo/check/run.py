@@ -21,6 +21,7 @@ from srpo.vision.scoring import StreamDivergences, StreamLogps, score_streams
 
 LEAST_EVIDENCE = 10.0  # times what rounding moves, or the picture is not looked at
 GIB = 2**30
+TOKEN_TYPES = {"mm_token_type_ids", "token_type_ids"}
 
 
 class _Probe(NamedTuple):
@@ -159,7 +160,7 @@ def _probe(
 def _processed(model: Any, processor: Any, texts: list[str], pictures: list[Any], T: int) -> dict[str, Any]:
     made = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
     made = dict(made.to(model.device, dtype=model.dtype))
-    for name in made.keys() & {"mm_token_type_ids", "token_type_ids"}:  # one a token: 0 is text
+    for name in made.keys() & TOKEN_TYPES:  # one a token: 0 is text
         made[name] = torch.nn.functional.pad(made[name], (0, T))
     return made
 
@@ -204,9 +205,10 @@ def _check_evidence(check: Check, probe: _Probe, streams: StreamLogps | StreamDi
         check.ok("picture", f"a corrupted one moves the log-probs of perception by {picture:.2g} nats in the mean")
     shown = (streams.logps - streams.ablated_logps).abs()[roles == 2].mean().item()
     check.figures["perception_contrast"] = shown
-    other = probe.score(_other_perception(probe))
+    others = _other_perception(probe)
+    other = probe.score(others)
     assert other.ablated_logps is not None
-    own = (probe.ids == _other_perception(probe)) & (roles == 2)
+    own = (probe.ids == others) & (roles == 2)
     leak = probe.gap(streams.ablated_logps, other.ablated_logps, own)
     check.figures["perception_leak"] = leak
     if leak > probe.rounding:
@@ -256,12 +258,13 @@ def _estimate(check: Check, probe: _Probe, rollouts: int, length: int) -> None:
 
 def _read_policy(check: Check, probe: _Probe, grammar: RoleGrammar) -> None:
     """Say what share of the policy's own completions has both roles: a fresh model may need to be taught."""
-    inputs = {name: x for name, x in probe.prompt.items() if name not in ("mm_token_type_ids", "token_type_ids")}
+    P = probe.prompt["input_ids"].shape[1]
+    inputs = {name: x[:, :P] if name in TOKEN_TYPES else x for name, x in probe.prompt.items()}
     tokenizer = probe.processor.tokenizer
     try:
         made = probe.model.generate(
             **inputs, max_new_tokens=max(64, probe.ids.shape[1]), do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )[:, inputs["input_ids"].shape[1] :]
+        )[:, P:]
     except Exception as error:  # generate() has as many errors as models
         check.note("policy", f"generate() raised {type(error).__name__}: {str(error).splitlines()[0]}")
         return

@@ -7,11 +7,9 @@ from typing import Any
 from math_verify import parse, verify
 
 Completion = str | Sequence[dict[str, Any]]
+_INSIDE = r"(?:(?!</?(?:perception|think|answer)>).)+"
 FORM = re.compile(
-    r"\s*<perception>(?P<perception>(?:(?!</?(?:perception|think|answer)>).)+)</perception>"
-    r"\s*<think>(?:(?!</?(?:perception|think|answer)>).)+</think>"
-    r"\s*<answer>(?P<answer>(?:(?!</?(?:perception|think|answer)>).)+)</answer>\s*",
-    re.DOTALL,
+    rf"\s*<perception>{_INSIDE}</perception>\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*", re.DOTALL
 )
 
 

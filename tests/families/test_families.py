@@ -61,6 +61,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "srpo" / "README.md"
 
 def test_the_table_of_the_guide_has_all_families():
     text = GUIDE.read_text()
+    assert f"{len(FAMILIES)} families and settings" in (GUIDE.parents[1] / "README.md").read_text()
     assert f"| equal | {len(FAMILIES)} | {', '.join(FAMILIES)} |" in text
     assert f"computed once on {len(FAMILIES) - len(WHOLE)} of the {len(FAMILIES)}" in text
 
