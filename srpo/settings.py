@@ -84,6 +84,21 @@ class CreditSettings:
         return self.credit_at(step).streams
 
 
+def check_log_probs_alone(settings: CreditSettings, function: str) -> None:
+    """Refuse what engines that score a row by itself, and return log-probs of its tokens alone, cannot do.
+
+    A divergence needs both rows of the vocabulary at one place, and `ShuffleImages` the pictures of the whole batch.
+
+    Raises: ConfigError, in the name of `function`.
+    """
+    if settings.credit.reads_kl:
+        expected = "a contrast of the sampled tokens, which is all that this engine scores"
+        refuse(ConfigError, function, "contrast_kind", "'kl'", expected, "use contrast_kind='k3'")
+    if not getattr(settings.corruption, "is_per_picture", False):
+        got, expected = type(settings.corruption).__name__, "one that treats each picture by itself"
+        refuse(ConfigError, function, "corruption", got, expected, "use 'PatchMask'")
+
+
 def _credit_of(x: Any) -> CreditConfig | Method:
     if isinstance(x, CreditConfig):
         return x

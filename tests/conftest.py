@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import time
 import types
 import warnings
 
@@ -38,6 +39,19 @@ hypothesis.settings.register_profile("dev", max_examples=12, **_common)
 hypothesis.settings.register_profile("ci", max_examples=12, derandomize=True, **_common)
 hypothesis.settings.register_profile("thorough", max_examples=300, **_common)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+_BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "skip, and say so, tests that have not begun this many minutes from now"
+    parser.addoption("--minutes", type=float, metavar="N", help=what)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - _BEGUN > 60 * minutes:
+        pytest.skip(f"not begun within the {minutes:g} minutes that the run was given")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

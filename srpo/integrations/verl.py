@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from srpo.config import PRESETS, CreditConfig
-from srpo.errors import ConfigError, refuse
 from srpo.methods import Method
 from srpo.roles import Role, RoleGrammar, role_ids_from_completions, warn_of_roles_that_never_parse
 from srpo.rollout import weigh_rollout
-from srpo.settings import CreditSettings
+from srpo.settings import CreditSettings, check_log_probs_alone
 from srpo.streams import no_evidence
 from srpo.vision.contexts import corrupted_rows
 from srpo.vision.corruption import PixelLayout
@@ -185,7 +184,7 @@ class CreditStages:
         queue: Any,
         pack: Callable[[dict[str, Any], int], Any],
     ) -> None:
-        check_pictures(settings)
+        check_log_probs_alone(settings, "CreditStages")
         self.settings, self.tokenizer, self.layout, self.queue, self.pack = settings, tokenizer, layout, queue, pack
 
     def score(self, batch: Any, compute_log_prob: Callable[[Any], Any], temperature: float, step: int) -> Any:
@@ -296,7 +295,7 @@ def easyr1_streams(
 
     Returns: `role_ids` and the log-probs of the streams, `[B, T]`, by the names of `token_credit_advantages`.
     """
-    check_pictures(settings)
+    check_log_probs_alone(settings, "easyr1_streams")
     tensors, objects, clean = batch.batch, batch.non_tensor_batch, batch.batch["old_log_probs"]
     mask = tensors["response_mask"]
     roles = _roles(tensors["responses"], mask, tokenizer, settings.role_grammar).to(mask.device)
@@ -330,22 +329,6 @@ def easyr1_streams(
         seen = perception.any(dim=1, keepdim=True)
         results["ablated_log_probs"] = realigned_log_probs(scored, visible, nothing, layout="columns", where=seen)
     return results
-
-
-def check_pictures(settings: CreditSettings) -> None:
-    """Refuse a corruption that needs the pictures of the whole batch at once: here each row has its own.
-
-    Refuse divergences too: the workers return log-probs of the sampled tokens, and a divergence needs both rows of the
-    vocabulary at one place.
-
-    Raises: ConfigError.
-    """
-    if settings.credit.reads_kl:
-        expected = "a contrast of the sampled tokens, which is all that the workers return"
-        refuse(ConfigError, "CreditStages", "contrast_kind", "'kl'", expected, "use contrast_kind='k3'")
-    if not getattr(settings.corruption, "is_per_picture", False):
-        got, expected = type(settings.corruption).__name__, "one that treats each picture by itself"
-        raise ConfigError(f"CreditStages(): corruption got {got}, expected {expected}; use 'PatchMask'.")
 
 
 def _positions(ids: Tensor, gone: Tensor, positions: str) -> Tensor:

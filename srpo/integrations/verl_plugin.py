@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from srpo.errors import ConfigError, IncompatibleVersionError, SRPOError, house_message, refuse
 from srpo.integrations import verl_positions
-from srpo.integrations.verl import CreditStages, check_pictures
-from srpo.settings import CreditSettings
+from srpo.integrations.verl import CreditStages
+from srpo.settings import CreditSettings, check_log_probs_alone
 from srpo.vision.corruption import PixelLayout
 
 NAME = "srpo_sync"
@@ -125,7 +125,7 @@ def settings_of(config: Any) -> CreditSettings:
     Raises: ConfigError.
     """
     settings = CreditSettings.of(_at(config, "algorithm.srpo"))
-    check_pictures(settings)
+    check_log_probs_alone(settings, "CreditStages")
     streams = settings.streams_at(0)
     if streams and _at(config, "algorithm.rollout_correction.bypass_mode"):
         fix = "switch it off: both sides of a contrast must come from the actor"

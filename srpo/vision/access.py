@@ -300,7 +300,7 @@ def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any]
     """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
     backbone = backbone_of(model)
     is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
-    if not is_bare or is_sharded(backbone) or not _takes_features(model) or not _takes_features(backbone):
+    if not is_bare or is_sharded(backbone) or is_hooked(model) or not _takes_features(model) or not _takes_features(backbone):
         return None
     runs, read = {}, set()
     for kind, suffix in (("image", ""), ("video", "_videos")):
@@ -315,6 +315,14 @@ def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any]
         accepted = inspect.signature(run).parameters
         features[kind] = run(**{name: x for name, x in multimodal.items() if name in accepted}, return_dict=True)
     return features
+
+
+def is_hooked(model: Any) -> bool:
+    """Say whether something may change what a forward is called with, as ms-swift does to put pictures among tokens.
+
+    What its author does not know is then lost without a word: features of pictures, and ids, which positions need.
+    """
+    return any(module._forward_pre_hooks for module in (model, backbone_of(model)))
 
 
 def _takes_features(model: Any) -> bool:

@@ -23,6 +23,7 @@ from srpo.vision.access import (
     head_in_fp32,
     head_of,
     is_encoder_decoder,
+    is_hooked,
     keeps_state,
     rope_positions,
 )
@@ -208,7 +209,7 @@ def score_streams(
     elif "corrupted" in streams:
         settings = (corrupted_inputs, corruption, generator, pixel_layout)
         corrupted = corrupted_context(call, model, whole, T, *settings)
-    if cuts is not None and whole.position_ids is None:
+    if (cuts is not None or is_hooked(model)) and whole.position_ids is None:
         positions = rope_positions(model, input_ids, attention_mask, whole.multimodal)
         whole = replace(whole, position_ids=positions)
         corrupted = None if corrupted is None else replace(corrupted, position_ids=positions)
