@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
+from srpo.integrations.checkpoint import ReadsBack
 from srpo.loss import SelectedLogps, selected_logps
 from srpo.methods import Method
 from srpo.roles import Role
@@ -93,13 +94,14 @@ def settings_of(text: str | None) -> CreditSettings:
     return CreditSettings.of(section)
 
 
-class SRPOTrainer(GRPOTrainer):
+class SRPOTrainer(ReadsBack, GRPOTrainer):
     """Train with ms-swift's GRPO and token credit.
 
     Every context is scored by a forward of the policy, dropout off, log-probs in fp32: as it is; encoded again by
     ms-swift's template with its pictures corrupted, alike in all rollouts of a prompt; with the perception tokens cut
     out, the others at their positions. The weights are multiplied into the advantages per token that ms-swift's losses
-    take. Nothing else is touched, and there is no state: checkpoints are ms-swift's.
+    take. Nothing else is touched, and there is no state. Checkpoints are ms-swift's; a run that resumes reads weights
+    as transformers wrote them, also where a family is saved under other names than its own.
 
     Metrics, beside ms-swift's: those of `srpo.rollout.credit_rollout`, over the tokens of all ranks.
 
@@ -172,10 +174,13 @@ class SRPOTrainer(GRPOTrainer):
                 corrupted = torch.where(seen & mask, scored, nothing)
             if "ablated" in credit.streams:
                 perception = (role_ids == Role.PERCEPTION) & mask
+                seen = mask & ~perception & perception.any(dim=1, keepdim=True)
                 cut, source = hide(columns, perception, cut=True)
-                scored = self._next_tokens(cut, cut.input_ids.shape[1] - 1).logps.gather(1, source.clamp(min=0))
-                seen = perception.any(dim=1, keepdim=True)
-                ablated = torch.where(seen & mask & ~perception, scored, nothing)
+                last = cut.input_ids.shape[1] - 1
+                source = torch.where(seen, source, last - 1)  # of others it may be the last one, which predicts nothing
+                first = int(source.min())
+                scored = self._next_tokens(cut, last - first).logps.gather(1, source - first)
+                ablated = torch.where(seen, scored, nothing)
         return StreamLogps(clean.logps, corrupted, ablated, clean.entropy)
 
     def _next_tokens(self, columns: ModelInputs, T: int, *, entropy: bool = False) -> SelectedLogps:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
-from srpo.integrations.trl_checkpoint import check_adapter, has_weights, load_weights
+from srpo.integrations.checkpoint import ReadsBack
 from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
 from srpo.integrations.trl_fused import check_model, fused_loss
 from srpo.integrations.trl_pages import CreditLog
@@ -77,7 +77,7 @@ def _scores_in_fp32() -> bool:
     return fused is not None and "cast_lm_head_to_fp32" in inspect.signature(fused).parameters
 
 
-class SRPOTrainer(GRPOTrainer):
+class SRPOTrainer(ReadsBack, GRPOTrainer):
     """Train with TRL's GRPO and token credit.
 
     Args: as TRL's `GRPOTrainer`; `args` is an `SRPOConfig`. `role_func` takes `completion_ids` and the mask of what was
@@ -234,23 +234,6 @@ class SRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         torch.save({"step": self._step, "rollouts": self._buffered_inputs}, self._buffer_file(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._read_back(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._read_back(cast(str, self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    def _read_back(self, folder: str) -> bool:
-        """Read the weights of a checkpoint, if it has those of a whole model as `save_pretrained` writes them."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return False
-        check_adapter(self.model, folder)
-        if found := has_weights(folder):
-            load_weights(self.model, folder)
-        return found
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

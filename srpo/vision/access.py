@@ -300,7 +300,13 @@ def vision_features(model: Any, multimodal: Mapping[str, Any]) -> dict[str, Any]
     """Run the vision tower now, for several forwards to share; None where the model or a wrapper does not let us."""
     backbone = backbone_of(model)
     is_bare = backbone is getattr(model, "base_model", None) and hasattr(model, "get_output_embeddings")
-    if not is_bare or is_sharded(backbone) or is_hooked(model) or not _takes_features(model) or not _takes_features(backbone):
+    if (
+        not is_bare
+        or is_sharded(backbone)
+        or is_hooked(model)
+        or not _takes_features(model)
+        or not _takes_features(backbone)
+    ):
         return None
     runs, read = {}, set()
     for kind, suffix in (("image", ""), ("video", "_videos")):

@@ -2,8 +2,8 @@
 
     python -m engines.policy qwen25vl DIRECTORY [--steps 250]
 
-One of `tiny_vlms`, taught by supervision to look, think and answer on pictures of squares, so that sampled responses have
-roles and rewards differ. Run it with the packages of the engine: what it saves is theirs to read.
+One of `tiny_vlms`, taught by supervision to look, think and answer on pictures of squares, so that sampled responses
+have roles and rewards differ. Run it with the packages of the engine: what it saves is theirs to read.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def teach(model: Any, processor: Any, steps: int) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def write_rows(folder: Path, n: int) -> None:

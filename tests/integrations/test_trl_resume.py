@@ -11,8 +11,8 @@ from processes import run_python
 from tiny_grpo import make_trainer, same_run, trained
 
 from srpo import ConfigError
+from srpo.integrations.checkpoint import load_weights
 from srpo.integrations.trl import SRPOTrainer
-from srpo.integrations.trl_checkpoint import load_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),

@@ -24,6 +24,30 @@ from srpo.errors import ConfigError, refuse
 _FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
+class ReadsBack:
+    """Let a Trainer of transformers, of which this is the first base class, resume from the weights that it saved."""
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not _read_back(self, resume_from_checkpoint):
+            trainer: Any = super()
+            trainer._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self: Any) -> None:
+        if not _read_back(self, self.state.best_model_checkpoint):
+            trainer: Any = super()
+            trainer._load_best_model()
+
+
+def _read_back(trainer: Any, folder: str) -> bool:
+    """Read the weights of a checkpoint, if it has those of a whole model as `save_pretrained` writes them."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False
+    check_adapter(trainer.model, folder)
+    if found := has_weights(folder):
+        load_weights(trainer.model, folder)
+    return found
+
+
 def has_weights(folder: str | Path) -> bool:
     """Say whether a checkpoint holds the weights of a whole model, as `save_pretrained` writes them."""
     return any((Path(folder) / name).is_file() for name in _FILES)
