@@ -86,7 +86,7 @@ def test_the_readme_is_short_and_begins_with_a_picture():
 def test_ci_runs_the_lines_that_the_readme_shows():
     script = (ROOT / ".ci/run").read_text()
     for line in ("&& python -m srpo demo", "&& python -m pytest"):
-        assert any(block.strip().endswith(line) for block in blocks(README, "bash"))
+        assert any(line in block for block in blocks(README, "bash"))
         assert f'"{line}"' in script
 
 

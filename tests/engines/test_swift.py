@@ -133,8 +133,10 @@ def test_a_run_and_one_that_resumes(swift, tmp_path):
 
 
 def test_two_ranks(packages, policies, tmp_path):
+    """With a loss in which token weights do not cancel although its ratio is that of a sequence."""
     two = Swift(packages, policies["llava"], "llava")
-    _, probes = two.run(tmp_path / "two", "--use_cpu", "true", "--ddp_backend", "gloo", ranks=2)
+    loss = ("--loss_type", "cispo", "--importance_sampling_level", "sequence")
+    _, probes = two.run(tmp_path / "two", "--use_cpu", "true", "--ddp_backend", "gloo", *loss, ranks=2)
     assert_alike(probes, 8)
 
 
