@@ -9,6 +9,7 @@ have roles and rewards differ. Run it with the packages of the engine: what it s
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -47,7 +48,7 @@ def build(family: str) -> tuple[Any, Any]:
     model, processor = tiny_vlms.build(family)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    if family.startswith("qwen"):
+    if family.startswith("qwen") and importlib.util.find_spec("torchvision") is not None:
         from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
         kinds = {"qwen25vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)}
