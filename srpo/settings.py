@@ -92,7 +92,7 @@ def check_log_probs_alone(settings: CreditSettings, function: str) -> None:
     Raises: ConfigError, in the name of `function`.
     """
     if settings.credit.reads_kl:
-        expected = "a contrast of the sampled tokens, which is all that this engine scores"
+        expected = "a contrast of the sampled tokens, which is all that the workers return"
         refuse(ConfigError, function, "contrast_kind", "'kl'", expected, "use contrast_kind='k3'")
     if not getattr(settings.corruption, "is_per_picture", False):
         got, expected = type(settings.corruption).__name__, "one that treats each picture by itself"

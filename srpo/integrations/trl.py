@@ -26,6 +26,7 @@ from srpo.integrations.trl_pages import CreditLog
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
 from srpo.methods import Method
 from srpo.rollout import CreditedRollout, RoleFunction, ScoredStreams, credit_rollout
+from srpo.vision.access import head_of
 from srpo.vision.scoring import score_streams
 
 __all__ = ["TESTED", "SRPOConfig", "SRPOTrainer", "check_trl"]
@@ -75,6 +76,17 @@ def _scores_in_fp32() -> bool:
     """Say whether TRL keeps autocast off a head that it cast to fp32: before its fused head, it did not."""
     fused = getattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head", None)
     return fused is not None and "cast_lm_head_to_fp32" in inspect.signature(fused).parameters
+
+
+def _unshard_head(model: Any) -> None:
+    """Gather a head that FSDP2 shards by itself, as its own forward would; TRL multiplies by its weight without one.
+
+    TRL 1.16 gathers the shards with `DTensor.full_tensor()`, whose gradient is that of one rank alone, not averaged:
+    the head then learns from one part of the batch on each rank, in every step but those that follow a generation.
+    """
+    unshard = getattr(head_of(model), "unshard", None)
+    if unshard is not None:
+        unshard()
 
 
 class SRPOTrainer(ReadsBack, GRPOTrainer):
@@ -133,6 +145,8 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
         return rewards
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if torch.is_grad_enabled():
+            _unshard_head(model)
         if not self.args.fused_loss:
             return super()._compute_loss(model, inputs)
         return fused_loss(self, model, inputs, _MODEL_INPUTS)
