@@ -24,6 +24,7 @@ from srpo.integrations.trl_config import TESTED, GRPOTrainer, SRPOConfig
 from srpo.integrations.trl_fused import check_model, fused_loss
 from srpo.integrations.trl_pages import CreditLog
 from srpo.integrations.trl_pictures import Shown, corrupted_inputs, dataset_images
+from srpo.integrations.trl_vllm import check_prompts, prompts_seen
 from srpo.methods import Method
 from srpo.rollout import CreditedRollout, RoleFunction, ScoredStreams, credit_rollout
 from srpo.vision.access import head_of
@@ -152,7 +153,9 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
         return fused_loss(self, model, inputs, _MODEL_INPUTS)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        output = super()._generate(prompts)
+        with prompts_seen(self) as seen:
+            output = super()._generate(prompts)
+        check_prompts(seen, output[0])
         images, by_tools = output[-2:]
         self._shown = Shown(prompts, images, bool(self.tools) and any(by_tools))
         return output
