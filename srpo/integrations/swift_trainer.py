@@ -15,13 +15,13 @@ from torch import Tensor
 from srpo.config import CreditConfig
 from srpo.errors import ConfigError, IncompatibleVersionError, refuse
 from srpo.integrations.checkpoint import ReadsBack
+from srpo.integrations.padded import cut_out
 from srpo.loss import SelectedLogps, selected_logps
 from srpo.methods import Method
 from srpo.roles import Role
 from srpo.rollout import credit_rollout
 from srpo.settings import CreditSettings, check_log_probs_alone
 from srpo.streams import no_evidence
-from srpo.vision.ablation import hide
 from srpo.vision.access import evaluating, rope_positions, takes_positions
 from srpo.vision.inputs import ModelInputs
 from srpo.vision.pictures import corrupt_images
@@ -174,13 +174,8 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
                 corrupted = torch.where(seen & mask, scored, nothing)
             if "ablated" in credit.streams:
                 perception = (role_ids == Role.PERCEPTION) & mask
-                seen = mask & ~perception & perception.any(dim=1, keepdim=True)
-                cut, source = hide(columns, perception, cut=True)
-                last = cut.input_ids.shape[1] - 1
-                source = torch.where(seen, source, last - 1)  # of others it may be the last one, which predicts nothing
-                first = int(source.min())
-                scored = self._next_tokens(cut, last - first).logps.gather(1, source - first)
-                ablated = torch.where(seen, scored, nothing)
+                cut = cut_out(columns, perception, mask)
+                ablated = cut.restored(self._next_tokens(cut.columns, cut.tokens).logps)
         return StreamLogps(clean.logps, corrupted, ablated, clean.entropy)
 
     def _next_tokens(self, columns: ModelInputs, T: int, *, entropy: bool = False) -> SelectedLogps:

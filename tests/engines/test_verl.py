@@ -1,4 +1,4 @@
-"""verl itself on two CPUs: ray, two FSDP2 workers over gloo, vLLM, weight sync, checkpoints; every step compared offline.
+"""verl itself on CPUs: ray, two FSDP2 workers over gloo, vLLM, weight sync, checkpoints; every step compared offline.
 
 verl must not see TRL 1.0 or later, so it has an environment of its own.
 """
@@ -46,7 +46,8 @@ def options(policy: Path, out: Path, reward: Path) -> list[str]:
         f"data.train_files={data}", f"data.val_files={data}", "data.train_batch_size=4", "data.max_prompt_length=64",
         "data.max_response_length=64", "data.dataloader_num_workers=0", "data.image_key=images", "data.shuffle=false",
         f"actor_rollout_ref.model.path={policy}", "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        "actor_rollout_ref.model.use_remove_padding=false", "actor_rollout_ref.model.enable_gradient_checkpointing=false",
+        "actor_rollout_ref.model.use_remove_padding=false",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=false",
         f"{ACTOR}.strategy=fsdp2", f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.ppo_micro_batch_size_per_gpu=2",
         f"{ACTOR}.optim.lr=1e-4", f"{ACTOR}.use_torch_compile=false", f"{ACTOR}.fsdp_config.use_torch_compile=false",
         f"+{ACTOR}.fsdp_config.mixed_precision={precision}",
@@ -72,7 +73,7 @@ def variables(**more: str) -> dict[str, str]:
         "VERL_USE_EXTERNAL_MODULES": "engines.verl_platform", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HYDRA_FULL_ERROR": "1",
         "RAY_USAGE_STATS_ENABLED": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "GLOO_SOCKET_IFNAME": "lo",
     } | more  # fmt: skip
 
 
@@ -136,9 +137,7 @@ class Verl:
         finally:
             if run.poll() is None:
                 run.kill()
-            code = run.wait()
-            subprocess.run([self.python.parent / "ray", "stop", "--force"], capture_output=True, check=False)
-        return code
+        return run.wait()
 
     def step(self, n: int) -> str | None:
         """Return the line of a step, once it is logged."""
