@@ -1,8 +1,8 @@
-"""The recipes of OpenRLHF, SkyRL and AReaL on stand-ins of their data, against `score_streams`: none has been run.
+"""The recipes of OpenRLHF, SkyRL, AReaL and NeMo-RL on stand-ins of their data, against `score_streams`: none has been run.
 
 The stand-ins have the fields, shapes and alignments of the released code: OpenRLHF scores lists of batches for the
 columns of an action mask, SkyRL a dict for a response length, AReaL whole rows that are padded on the right, each token
-in the column before it.
+in the column before it; NeMo-RL as well, in its own column.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from srpo import (
     score_streams,
     token_weights,
 )
-from srpo.integrations import areal, openrlhf, skyrl
+from srpo.integrations import areal, nemo_rl, openrlhf, skyrl
 from srpo.settings import CreditSettings
 
 FAMILY = "qwen25vl"
@@ -216,3 +216,33 @@ def test_areal_refuses(rollout):
         kind(rollout, "sequence")._compute_advantages(areal_batch(rollout))
     with pytest.raises(ConfigError, match="prox_logp"):
         kind(rollout)._compute_advantages(areal_batch(rollout) | {"prox_logp": None})
+
+
+class Packed:
+    """NeMo-RL's packed tensor: one tensor a row, or None."""
+
+    def __init__(self, tensors: list[Tensor | None], dim_to_pack: int) -> None:
+        self.tensors, self.dim_to_pack = tensors, dim_to_pack
+
+
+def test_nemo_rl(rollout):
+    class Policy:
+        def get_logprobs(self, data: Batch) -> dict[str, Tensor]:
+            lengths, ids = data["input_lengths"], data["input_ids"]
+            valid = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            names = ("pixel_values", "image_grid_thw")
+            rows = [{name: data[name].tensors[i] for name in names} for i in range(len(ids))]
+            return {"logprobs": torch.nn.functional.pad(rollout.after(ids, valid, rows), (1, 0))}
+
+    start = rollout.ids.shape[1] - rollout.T
+    data = Batch(
+        input_ids=rollout.ids, input_lengths=rollout.attention.sum(dim=1), sample_mask=torch.ones(4),
+        token_mask=torch.nn.functional.pad(rollout.mask, (start, 0)),
+        prev_logprobs=torch.nn.functional.pad(rollout.old, (start, 0)),
+        advantages=torch.nn.functional.pad(rollout.advantages, (start, 0)),
+    )  # fmt: skip
+    data |= {name: Packed([row[name] for row in rollout.pictures], 0) for name in rollout.pictures[0]}
+    found, metrics = nemo_rl.credited_advantages(Policy(), data, rollout.tokenizer, rollout.layout, SETTINGS)
+    assert found.shape == rollout.ids.shape
+    assert_credited(found[:, start:], rollout)
+    assert "srpo/baseline" in metrics
