@@ -1,4 +1,4 @@
-"""The recipes of OpenRLHF, SkyRL, AReaL and NeMo-RL on stand-ins of their data, against `score_streams`: none has been run.
+"""Recipes of OpenRLHF, SkyRL, AReaL and NeMo-RL on stand-ins of their data, against `score_streams`: none was run.
 
 The stand-ins have the fields, shapes and alignments of the released code: OpenRLHF scores lists of batches for the
 columns of an action mask, SkyRL a dict for a response length, AReaL whole rows that are padded on the right, each token
