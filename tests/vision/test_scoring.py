@@ -752,3 +752,25 @@ def test_positions_of_verl_are_told_apart(rollout):
     for own, given in ((rollout, positions), (alike, positions[:, :1].expand(3, B, S))):
         with pytest.raises(ShapeError, match=r"position_ids.*transpose"):
             own.score(position_ids=given.transpose(0, 1))
+
+
+@pytest.mark.parametrize("family", ["qwen25vl", "llava"])
+def test_a_hook_that_puts_pictures_among_tokens_loses_nothing(family):
+    """ms-swift's: ids become embeddings before the forward, and what it does not know is dropped without a word."""
+    rollout = make_rollout(family, tiny_vlms.build(family), images=(1, 1, 1))
+    wanted = rollout.score()
+    model, known = rollout.model, ("attention_mask", "position_ids", "mm_token_type_ids", "logits_to_keep", "use_cache")
+
+    def embed(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeds = model.get_input_embeddings()(kwargs["input_ids"])
+        vision = {name: kwargs[name] for name in ("pixel_values", "image_grid_thw") if name in kwargs}
+        features = model.model.get_image_features(**vision, return_dict=True).pooler_output
+        place = (kwargs["input_ids"] == model.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(place, torch.cat(tuple(features)))
+        return args, {"inputs_embeds": embeds} | {name: x for name, x in kwargs.items() if name in known}
+
+    with model.register_forward_pre_hook(embed, with_kwargs=True):
+        found = rollout.score()
+    assert_close(found.logps, wanted.logps, rollout.valid)
+    assert_close(found.corrupted_logps, wanted.corrupted_logps, rollout.visual)
+    assert_close(found.ablated_logps, wanted.ablated_logps, rollout.reasoned)
