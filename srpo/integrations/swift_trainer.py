@@ -116,6 +116,9 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
         super().__init__(*arguments, **named)
         if self.credit.credit.streams:
             check_log_probs_alone(self.credit, "SRPOTrainer")
+            if self.credit.ablated_positions != "keep":
+                got, expected = repr(self.credit.ablated_positions), "'keep': rows are padded, and gaps do no harm"
+                refuse(ConfigError, "SRPOTrainer", "ablated_positions", got, expected, "leave it out")
             _check_trainer(self)
 
     def _postprocess_batch(self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]) -> None:
@@ -165,7 +168,7 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
         T = mask.shape[1]
         settings = self.args.gradient_checkpointing_kwargs
         with disable_gradient_checkpointing(self.model, settings), evaluating(self.model):
-            clean = self._next_tokens(columns, T, entropy=True)
+            clean = self._next_tokens(columns, T)
             nothing = no_evidence(clean.logps).expand(mask.shape)
             corrupted = ablated = None
             if "corrupted" in credit.streams:
@@ -178,23 +181,20 @@ class SRPOTrainer(ReadsBack, GRPOTrainer):
                 ablated = cut.restored(self._next_tokens(cut.columns, cut.tokens).logps)
         return StreamLogps(clean.logps, corrupted, ablated, clean.entropy)
 
-    def _next_tokens(self, columns: ModelInputs, T: int, *, entropy: bool = False) -> SelectedLogps:
-        """Return the log-probs `[B, T]` of the last T tokens, scored by the columns before them."""
+    def _next_tokens(self, columns: ModelInputs, T: int) -> SelectedLogps:
+        """Return log-probs and entropies `[B, T]` of the last T tokens, scored by the columns before them."""
         inputs = columns.kwargs()
         if "use_cache" in self.model_kwarg_keys:
             inputs["use_cache"] = False
         if "logits_to_keep" in self.model_kwarg_keys:
             inputs["logits_to_keep"] = T + 1
         logits, ids = self.model(**inputs).logits[:, -T - 1 : -1], columns.input_ids[:, -T:]
-        if entropy:
-            return selected_logps(logits, ids, temperature=self.temperature, return_entropy=True)
-        logps = selected_logps(logits, ids, temperature=self.temperature)
-        return SelectedLogps(logps, logps)
+        return selected_logps(logits, ids, temperature=self.temperature, return_entropy=True)
 
     def _corrupted(self, samples: list[Any], clean: ModelInputs) -> ModelInputs:
         """Encode the samples again, with corrupted pictures in them."""
         if any(sample.videos or sample.audios for sample in samples):
-            expected, fix = "pictures alone", "use credit='srpo_reasoning_only' or a data set of pictures"
+            expected, fix = "pictures alone", "use a data set of pictures"
             refuse(ConfigError, "SRPOTrainer", "dataset", "videos or audio", expected, fix)
         pictures = [[load_image(_address(x)) for x in sample.images] or None for sample in samples]
         prompts = [json.dumps(sample.messages[:-1], default=str) for sample in samples]
