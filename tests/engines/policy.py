@@ -22,7 +22,6 @@ from PIL import Image
 
 SIDE = 56  # pixels: a multiple of the 28 to which ms-swift and verl resize for Qwen-VL
 QUESTION = "squares+1?"
-IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 
 
 def picture(index: int) -> tuple[Image.Image, int]:
