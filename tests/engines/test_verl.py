@@ -73,7 +73,7 @@ def variables(**more: str) -> dict[str, str]:
         "VERL_USE_EXTERNAL_MODULES": "engines.verl_platform", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HYDRA_FULL_ERROR": "1",
         "RAY_USAGE_STATS_ENABLED": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "GLOO_SOCKET_IFNAME": "lo",
+        "RAY_worker_niceness": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "GLOO_SOCKET_IFNAME": "lo",
     } | more  # fmt: skip
 
 
@@ -152,6 +152,13 @@ class Verl:
         return [json.loads(x) for x in re.findall(r"compared (\{.*?\})", done.stdout)]
 
 
+def shares(line: str) -> str:
+    """Say which part of a step each of verl's stages took; scoring is in `old_log_prob`, weighing in `adv`."""
+    seconds = {name: float(x) for name, x in re.findall(r"timing_s/(\w+):([\d.e-]+)", line)}
+    stages = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "save_checkpoint")
+    return ", ".join(f"{name} {seconds[name] / seconds['step']:.2f}" for name in stages if name in seconds)
+
+
 def assert_alike(steps: list[dict[str, Any]]) -> None:
     for step in steps:
         assert step["roles"] == 0, step
@@ -168,6 +175,7 @@ def test_a_run_whose_worker_is_killed_and_that_goes_on(python, policy, tmp_path)
     assert verl.step(2), tail
     assert code != 0, "a run goes on without one of its workers"
     assert not verl.step(9)
+    print("shares of step 2, srpo:", shares(verl.step(2) or ""))
     assert_alike(verl.compared(1, 2))
     saved = max(int(x.name.rpartition("_")[2]) for x in (tmp_path / "ckpt").glob("global_step_*"))
     next_one = saved + 1
@@ -183,10 +191,11 @@ def test_a_run_whose_worker_is_killed_and_that_goes_on(python, policy, tmp_path)
 
 def test_without_credit_it_is_plain_grpo(python, policy, tmp_path):
     verl = Verl(python, policy, tmp_path)
-    options = ("trainer.v1.trainer_mode=srpo_sync", "+algorithm.srpo.credit=grpo")
-    code = verl.run(*options, "trainer.total_training_steps=1", "trainer.resume_mode=disable")
+    without = ("trainer.v1.trainer_mode=srpo_sync", "+algorithm.srpo.credit=grpo")
+    code = verl.run(*without, "trainer.total_training_steps=2", "trainer.resume_mode=disable")
     tail = verl.log.read_text(errors="replace")[-3000:]
     assert code == 0, tail
-    line = verl.step(1)
+    line = verl.step(2)
     assert line is not None, tail
     assert "srpo/" not in line
+    print("shares of step 2, grpo:", shares(line))
