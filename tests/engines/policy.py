@@ -1,6 +1,6 @@
 """A small policy that knows the format of its responses, as a directory that engines load, and its rows of data.
 
-    python -m engines.policy qwen25vl DIRECTORY [--steps 250]
+    python -m engines.policy qwen25vl DIRECTORY [--steps 250] [--wide_heads]
 
 One of `tiny_vlms`, taught by supervision to look, think and answer on pictures of squares, so that sampled responses
 have roles and rewards differ. Run it with the packages of the engine: what it saves is theirs to read.
@@ -46,8 +46,6 @@ def prompt_of(processor: Any) -> str:
 def build(family: str) -> tuple[Any, Any]:
     """Build the model and its processor, the whole of it where torchvision is at hand."""
     model, processor = tiny_vlms.build(family)
-    if family == "qwen25vl":
-        model = with_wide_heads(model)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if family.startswith("qwen") and importlib.util.find_spec("torchvision") is not None:
@@ -130,9 +128,14 @@ def main() -> None:
     parser.add_argument("family", choices=tiny_vlms.FAMILIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--wide_heads", action="store_true", help="for vLLM, of Qwen2.5-VL")
     given = parser.parse_args()
     torch.manual_seed(0)
     model, processor = build(given.family)
+    if given.wide_heads:
+        settings = model.generation_config
+        model = with_wide_heads(model)
+        model.generation_config = settings
     loss = teach(model.train(), processor, given.steps)
     model.eval().save_pretrained(given.folder)
     processor.save_pretrained(given.folder)

@@ -105,7 +105,7 @@ def python(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def policy(python, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
-    command = [python, "-m", "engines.policy", "qwen25vl", folder]
+    command = [python, "-m", "engines.policy", "qwen25vl", folder, "--wide_heads"]
     done = subprocess.run(command, env=variables(), capture_output=True, text=True, check=False)
     assert "taught qwen25vl" in done.stdout, done.stderr[-3000:]
     return folder
