@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from srpo.roles import Role, role_ids_from_completions, warn_of_roles_that_never_parse
+from srpo.roles import Role, RoleGrammar, role_ids_from_completions, warn_of_roles_that_never_parse
 from srpo.rollout import WeighedRollout, weigh_rollout
 from srpo.settings import CreditSettings, check_log_probs_alone
 from srpo.streams import no_evidence
@@ -72,6 +72,16 @@ def cut_out(columns: ModelInputs, perception: Tensor, mask: Tensor) -> Cut:
     return Cut(cut, last - first, seen, source - first)
 
 
+def parsed_roles(ids: Tensor, mask: Tensor, tokenizer: Any, grammar: RoleGrammar) -> Tensor:
+    """Parse the roles of a rollout; say so where they never parse."""
+    parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=grammar)
+    known = (mask != 0).any(dim=1).to(parse.parsed.device)
+    if known.any():
+        failures = float((known & ~parse.parsed).sum() / known.sum())
+        warn_of_roles_that_never_parse(failures, ids, mask, tokenizer, grammar)
+    return parse.role_ids
+
+
 def credit_batches(
     batches: list[PaddedBatch],
     advantages: list[Tensor],
@@ -103,13 +113,10 @@ def credit_batches(
     streams, credit = settings.streams_at(step), settings.credit_at(step)
     masks = [batch.completion_mask != 0 for batch in batches]
     ids = [batch.input_ids[:, -mask.shape[1] :] for batch, mask in zip(batches, masks, strict=True)]
-    roles = []
-    for own, mask in zip(ids, masks, strict=True):
-        parse = role_ids_from_completions(own, tokenizer, completion_mask=mask, grammar=settings.role_grammar)
-        known = mask.any(dim=1).to(parse.parsed.device)
-        failures = float((known & ~parse.parsed).sum() / known.sum().clamp(min=1))
-        warn_of_roles_that_never_parse(failures, own, mask, tokenizer, settings.role_grammar)
-        roles.append(parse.role_ids.to(mask.device))
+    roles = [
+        parsed_roles(own, mask, tokenizer, settings.role_grammar).to(mask.device)
+        for own, mask in zip(ids, masks, strict=True)
+    ]
     old_logps = [x.float() for x in old_logps]
     nothing = [no_evidence(x).expand_as(x) for x in old_logps]
     corrupted = ablated = [None] * len(batches)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from srpo.config import PRESETS, CreditConfig
+from srpo.integrations.padded import parsed_roles
 from srpo.methods import Method
-from srpo.roles import Role, RoleGrammar, role_ids_from_completions, warn_of_roles_that_never_parse
+from srpo.roles import Role
 from srpo.rollout import weigh_rollout
 from srpo.settings import CreditSettings, check_log_probs_alone
 from srpo.streams import no_evidence
@@ -205,7 +206,7 @@ class CreditStages:
         copied = {name: data[name] for name in (*_SEQUENCE_FIELDS, *_COMPLETION_FIELDS)}
         pictures = [getattr(x, "data", x) or {} for x in data[_PICTURES]]
         ids, mask, clean = (padded(data[name]) for name in ("responses", "response_mask", "old_log_probs"))
-        roles = _roles(ids, mask, self.tokenizer, self.settings.role_grammar)
+        roles = parsed_roles(ids, mask, self.tokenizer, self.settings.role_grammar)
         lengths = _lengths(data["responses"])
         inside = torch.arange(ids.shape[1]) < lengths[:, None]
         nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
@@ -262,16 +263,6 @@ class CreditStages:
         return self.queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
 
-def _roles(ids: Tensor, mask: Tensor, tokenizer: Any, grammar: RoleGrammar) -> Tensor:
-    """Parse the roles of a rollout; say so where they never parse."""
-    parse = role_ids_from_completions(ids, tokenizer, completion_mask=mask, grammar=grammar)
-    known = (mask != 0).any(dim=1).to(parse.parsed.device)
-    if known.any():
-        failures = float((known & ~parse.parsed).sum() / known.sum())
-        warn_of_roles_that_never_parse(failures, ids, mask, tokenizer, grammar)
-    return parse.role_ids
-
-
 def easyr1_streams(
     batch: Any,
     compute_log_probs: Callable[[Any], Any],
@@ -298,7 +289,7 @@ def easyr1_streams(
     check_log_probs_alone(settings, "easyr1_streams")
     tensors, objects, clean = batch.batch, batch.non_tensor_batch, batch.batch["old_log_probs"]
     mask = tensors["response_mask"]
-    roles = _roles(tensors["responses"], mask, tokenizer, settings.role_grammar).to(mask.device)
+    roles = parsed_roles(tensors["responses"], mask, tokenizer, settings.role_grammar).to(mask.device)
     streams = settings.streams_at(step)
     nothing = no_evidence(clean).expand_as(clean)  # to be contrasted with
     results = {"role_ids": roles, **{f"{name}_log_probs": nothing for name in streams}}
