@@ -1,16 +1,16 @@
 """Ask whether a method grounds: measure where its gradient points, with controls, on a task with a shortcut.
 
-    python benchmarks/learn_grounding.py                     the gradient check at three policies: one to two minutes
-    python benchmarks/learn_grounding.py --quick             one policy, fewer batches: under a minute
+    python benchmarks/learn_grounding.py                     twenty policies a setting; goes on where it was stopped
+    python benchmarks/learn_grounding.py --quick             one policy, the controls alone: under a minute
     python benchmarks/learn_grounding.py --seeds 4           ... at policies from four warm starts
     python benchmarks/learn_grounding.py --train --seeds 8   whole runs, paired over seeds
     python benchmarks/learn_grounding.py --spread --seeds 3  the luck of sampled tokens: log-ratio, k3, whole vocabulary
     python benchmarks/learn_grounding.py --json --plot       write benchmarks/results/grounding/cpu.json and charts
     python benchmarks/learn_grounding.py --readme            rewrite the tables of benchmarks/grounding/README.md
 
-A small vision-language model is warmed up on pairs of handwritten digits, and asked to compute with them beside a hint
-that is often right in training and useless at test. Controls with a known outcome are measured too; where one comes
-out wrong the run says so and exits with 1. The same seed gives the same numbers on the same machine.
+A small vision-language model is warmed up on rows of handwritten digits, and asked to compute with two of them beside a
+hint that is often right in training and useless at test. Controls with a known outcome are measured too; where one
+comes out wrong the run says so and exits with 1. The same seed gives the same numbers on the same machine.
 """
 
 import argparse
@@ -20,10 +20,9 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from bench_loss import environment
-from grounding import checks, gradient, report, spread, train
+from grounding import checks, gradient, keep, report, spread, train, variants
 from grounding.model import PrefixVLM, warm_started
 from grounding.workers import Workers
 from rich.console import Console
@@ -33,81 +32,94 @@ from srpo import METHODS
 
 
 class Setting(NamedTuple):
-    """Where gradients are measured, and on how many batches; `parts` of the gradient of each objective."""
+    """Where gradients are measured: hints of the rollouts, updates since the warm start; on how many batches.
+
+    Lengths of gradients are measured on `lengths` of the batches, the objective on `parts` of 256 rollouts.
+    """
 
     p_hint: float
     updates: int
     batches: int
+    lengths: int
     parts: int
 
 
 SETTINGS = {
-    "start": Setting(0.5, 0, 64, 12),
-    "after 100 steps": Setting(0.5, 100, 96, 16),  # gradients are small there, so more of them
-    "strong shortcut": Setting(0.7, 0, 64, 12),
+    "start": Setting(0.5, 0, 32, 4, 16),
+    "after 100 updates": Setting(0.5, 100, 32, 4, 16),
+    "after 300 updates": Setting(0.5, 300, 32, 4, 16),
+    "strong shortcut": Setting(0.8, 0, 32, 4, 16),
 }
-QUICK = {"start": Setting(0.5, 0, 32, 6)}
+QUICK = {"start": Setting(0.5, 0, 16, 2, 8)}
 SEED_STRIDE = 10_000_000  # between the random streams of two seeds
 
 
-def checkpoint(seed: int, p_hint: float, updates: int) -> PrefixVLM:
+def checkpoint(seed: int, updates: int) -> PrefixVLM:
     """Return the warm start of a seed after some updates of GRPO."""
-    return train.trained(warm_started(seed, p_hint), "grpo", seed, updates, p_hint)
+    model = warm_started(seed, train.HINT)
+    if updates:
+        name = f"{seed} after {updates}"
+        made_by = keep.code(keep.OF_POLICIES)
+        model.load_state_dict(keep.kept(made_by, name, lambda: _updated(seed, updates).state_dict()))
+    return model
 
 
-def measure(workers: Workers, settings: dict[str, Setting], seeds: list[int]) -> dict[str, list[gradient.Products]]:
-    """Measure every setting at the policies of every seed."""
-    jobs = [(name, seed, setting) for name, setting in settings.items() for seed in seeds]
-    firsts = list(dict.fromkeys((seed, setting.p_hint, 0) for _, seed, setting in jobs))
-    workers.map("warm starts", checkpoint, firsts)
-    policies = workers.map("policies", checkpoint, [(seed, s.p_hint, s.updates) for _, seed, s in jobs])
-    draws, pieces = [], []
-    for policy, (_, seed, setting) in zip(policies, jobs, strict=True):
+def _updated(seed: int, updates: int) -> PrefixVLM:
+    """Go on from the last point that another setting stops at, with a new optimizer."""
+    before = max((s.updates for s in SETTINGS.values() if s.updates < updates), default=0)
+    return train.trained(checkpoint(seed, before), "grpo", seed, range(before, updates))
+
+
+def measure(seed: int, setting: Setting) -> gradient.Measured:
+    """Measure everything at one policy."""
+
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
         own = SEED_STRIDE * (seed + 1) + int(1000 * setting.p_hint) + 10 * setting.updates
-        draws.append([(policy, own + 10_000 * k) for k in range(setting.parts)])
-        pieces.append(setting.batches // gradient.TOGETHER)
-    found = iter(workers.map("objectives", gradient.objective_part, [draw for own in draws for draw in own]))
-    objectives = [torch.stack([next(found) for _ in own]) for own in draws]
-    batches = [
-        (policy, setting.p_hint, objective, gradient.TOGETHER, own[0][1] + 10_000 * k + 1)
-        for policy, (_, _, setting), objective, own, n in zip(policies, jobs, objectives, draws, pieces, strict=True)
-        for k in range(n)
-    ]
-    measured = iter(workers.map("batches", gradient.measure, batches))
-    joined: dict[str, list[gradient.Products]] = {name: [] for name in settings}
-    for (name, _, _), n in zip(jobs, pieces, strict=True):
-        joined[name].append(gradient.joined(next(measured) for _ in range(n)))
-    return joined
+        policy = checkpoint(seed, setting.updates)
+        target = gradient.objective(policy, setting.parts, own)
+        found = gradient.measure(policy, setting.p_hint, target, setting.batches, setting.lengths, own + 1)
+        return torch.from_numpy(found.efficiency), torch.from_numpy(found.agreement)
+
+    efficiency, agreement = keep.kept(keep.code(keep.OF_NUMBERS), f"{seed} {tuple(setting)}", made)
+    return gradient.Measured(efficiency.numpy(), agreement.numpy())
 
 
 def gradient_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
-    """Check the gradients, and return what the file keeps."""
+    """Measure gradients, check the controls, and return what the file keeps.
+
+    Policies are the units; of a single one the batches are.
+    """
     settings = QUICK if options.quick else SETTINGS
     seeds = list(range(options.seed, options.seed + options.seeds))
-    names, kept, checked = [*METHODS, *gradient.CONTROLS], {}, []
-    for name, products in measure(workers, settings, seeds).items():
-        each = [gradient.efficiencies(p, seed) for p, seed in zip(products, seeds, strict=True)]
-        mean = gradient.averaged(each)
-        agreed = np.mean([p.agreement.mean(1) for p in products], axis=0)
-        rows = [
-            {
-                "method": method,
-                "relative": [gradient.interval(mean.relative[:, i, o]) for o in range(len(gradient.OBJECTIVES))],
-                "absolute": [gradient.interval(mean.absolute[:, i, o]) for o in range(len(gradient.OBJECTIVES))],
-                "by_seed": [float(x.relative[0, i, 0]) for x in each],
-                "agreement": None if np.isnan(agreed[i]) else float(agreed[i]),
-            }
-            for i, method in enumerate(names)
+    workers.map("warm starts", checkpoint, [(seed, 0) for seed in seeds])
+    for updates in sorted({s.updates for s in settings.values()} - {0}):
+        workers.map(f"{updates} updates", checkpoint, [(seed, updates) for seed in seeds])
+    jobs = [(seed, name) for seed in seeds for name in settings]
+    measured = dict(zip(jobs, workers.map("policies", measure, [(s, settings[n]) for s, n in jobs]), strict=True))
+    single, rows, checked = len(seeds) == 1, [], []
+    for name, setting in settings.items():
+        own = [measured[seed, name] for seed in seeds]
+        table = own[0].efficiency if single else torch.tensor([x.efficiency.mean(1).tolist() for x in own]).T.numpy()
+        units = range(setting.batches) if single else seeds
+        rows += [
+            [name, unit, method, float(f"{x:.5g}")]
+            for method, line in zip(variants.NAMES, table, strict=True)
+            for unit, x in zip(units, line, strict=True)
         ]
-        kept[name] = {**settings[name]._asdict(), "rows": rows}
-        checked += checks.check(name, names, mean, agreed, updated=settings[name].updates > 0)
-    return {"seeds": seeds, "objectives": list(gradient.OBJECTIVES), "settings": kept, "checks": checked}
+        agreed = sum(x.agreement for x in own) / len(own)
+        by_method = dict(zip(variants.NAMES, table, strict=True))
+        follow = dict(zip(variants.NAMES, agreed.tolist(), strict=True))
+        checked += checks.check(name, by_method, follow, updated=setting.updates > 0)
+    return {
+        "seeds": seeds, "unit": "batch" if single else "policy", "looking": seeds[::2], "confirming": seeds[1::2],
+        "settings": {name: setting._asdict() for name, setting in settings.items()}, "checks": checked, "rows": rows,
+    }  # fmt: skip
 
 
 def train_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
     """Train by each method from each warm start, and return what the file keeps."""
     seeds = list(range(options.seed, options.seed + options.seeds))
-    policies = workers.map("policies", checkpoint, [(seed, train.HINT, 0) for seed in seeds])
+    policies = workers.map("policies", checkpoint, [(seed, 0) for seed in seeds])
     jobs = [
         (policy, method, seed, options.steps, options.test)
         for policy, seed in zip(policies, seeds, strict=True)
@@ -120,7 +132,7 @@ def train_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
 def spread_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
     """Measure how much of a contrast is luck, at the warm start of each seed."""
     seeds = list(range(options.seed, options.seed + options.seeds))
-    policies = workers.map("policies", checkpoint, [(seed, train.HINT, 0) for seed in seeds])
+    policies = workers.map("policies", checkpoint, [(seed, 0) for seed in seeds])
     jobs = [(policy, train.HINT, seed) for policy, seed in zip(policies, seeds, strict=True)]
     return {"seeds": seeds, "p_hint": train.HINT, "policies": workers.map("spreads", spread.measure, jobs)}
 
@@ -128,10 +140,10 @@ def spread_run(workers: Workers, options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one setting, fewer batches")
+    parser.add_argument("--quick", action="store_true", help="one policy, for the controls")
     parser.add_argument("--train", action="store_true", help="whole runs instead of gradients")
     parser.add_argument("--spread", action="store_true", help="spread of contrasts over resampled tokens")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="warm starts; with --train, paired runs")
+    parser.add_argument("--seeds", type=int, metavar="N", help="warm starts: 20, or 1 with another kind of run")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=["grpo", "srpo", "srpo_signed"], help="of --train"
@@ -145,6 +157,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.train + options.quick + options.spread > 1:
         parser.error("--train, --quick and --spread are different runs: pass one")
+    if options.seeds is None:
+        options.seeds = 1 if options.train or options.quick or options.spread else 20
     for name in ("seeds", "steps", "test", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} got {getattr(options, name)}, expected at least 1")

@@ -177,7 +177,10 @@ def draw_contrast_streams(generator: torch.Generator, base: Tensor, style: str) 
             stream = torch.where(draw > 0.9, torch.nan, stream)
         elif style == "equal":
             stream = base.clone()
-        streams.append(stream)
+        # eight read cells that are all above 0 are refused as probabilities, so there are fewer in a stream
+        above = (stream > 0).flatten()
+        flipped = (above & (above.cumsum(0) > 7)).view_as(stream)
+        streams.append(torch.where(flipped, -stream, stream))
     return streams[0], streams[1]
 
 

@@ -13,7 +13,7 @@ from processes import run_python
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import learn_grounding  # noqa: E402
-from grounding import checks, gradient, report, rollouts, runs, spread, task, train  # noqa: E402
+from grounding import answers, checks, gradient, keep, report, rollouts, runs, spread, task, train, variants  # noqa: E402
 from grounding import model as models  # noqa: E402
 from grounding.workers import Workers  # noqa: E402
 from rich.progress import Progress  # noqa: E402
@@ -21,7 +21,9 @@ from rich.progress import Progress  # noqa: E402
 from srpo import METHODS, PRESETS, Role  # noqa: E402
 from srpo.methods.table import Method  # noqa: E402
 
-NAMES = [*METHODS, *gradient.CONTROLS]
+NAMES = variants.NAMES
+# torch scripts functions of its own when it differentiates forward
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -32,6 +34,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 def model() -> models.PrefixVLM:
     """A policy that knows the format, and little else."""
     return models.warm_start(0, 0.5, steps=60)
+
+
+@pytest.fixture(scope="module")
+def more(model, batch) -> dict:
+    return variants.more_streams(model, batch[0], seeded())
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +71,25 @@ class TestTask:
         mask = ids != task.PAD
         reading = task.read(ids, mask)
         stated = ids.gather(1, reading.stated) - task.ZERO
-        computed = task.apply(problems.operation, *stated.unbind(1))
+        computed = task.apply(problems.operation, *stated.gather(1, problems.asked).unbind(1))
         assert reading.parsed.all()
         assert ((reading.answer == computed) | (reading.answer == problems.hint)).all()
-        assert (stated[:, 0] != problems.left).float().mean().item() == pytest.approx(0.9 * 0.15, abs=0.02)
+        assert (stated != problems.digits).float().mean().item() == pytest.approx(0.9 * 0.15, abs=0.02)
         assert (reading.answer != computed).float().mean().item() == pytest.approx(0.15 * 0.87, abs=0.02)
-        assert set(mask.sum(1).tolist()) == set(range(15, 24))
+        assert set(mask.sum(1).tolist()) <= set(range(27, 42))
+        assert mask.sum(1).float().mean().item() == pytest.approx(34, abs=0.2)
+        assert task.LENGTH > 41
+        assert (problems.asked[:, 0] != problems.asked[:, 1]).all()
+        assert len(problems.asked.unique(dim=0)) == 12
 
     def test_malformed_completions_state_nothing(self):
-        texts = ["<perception> 3 </perception> <answer> 4", "<answer>", "3 4 <answer> the", "<perception> 1 2 3"]
+        texts = ["<perception> first 3 </perception> <answer> 4", "<answer>", "3 4 <answer> the", "<perception> 1 2"]
+        texts.append("<perception> second 3 second 4 third 5 </perception>")
         rows = [[task.ID[word] for word in text.split()] for text in texts]
-        ids = torch.tensor([row + [task.PAD] * (8 - len(row)) for row in rows])
+        ids = torch.tensor([row + [task.PAD] * (9 - len(row)) for row in rows])
         reading = task.read(ids, ids != task.PAD)
-        assert reading.answer.tolist() == [4, -1, -1, -1]
-        assert (reading.stated == -1).all()
+        assert reading.answer.tolist() == [4, -1, -1, -1, -1]
+        assert reading.stated.tolist() == [[2, -1, -1, -1], *[[-1] * 4] * 3, [-1, -1, 6, -1]]
 
     def test_an_answer_in_the_last_column_counts(self):
         ids = torch.tensor([[task.ID["the"], task.ID["<answer>"], task.ZERO + 4], [0, 0, task.ID["<answer>"]]])
@@ -86,7 +98,7 @@ class TestTask:
 
 class TestModel:
     def test_size(self):
-        assert sum(p.numel() for p in models.PrefixVLM().parameters()) == pytest.approx(110_000, rel=0.05)
+        assert sum(p.numel() for p in models.PrefixVLM().parameters()) == pytest.approx(117_000, rel=0.05)
 
     def test_the_cache_changes_nothing(self, model):
         problems = task.draw(16, seeded(), held_out=True, p_hint=0.0)
@@ -98,17 +110,18 @@ class TestModel:
 
     def test_what_sees_what(self, model):
         problems = task.draw(1, seeded(), held_out=True, p_hint=0.0)
+        n = task.PROMPT
         ids = torch.cat([problems.prompt_ids, torch.full((1, 4), task.ID["the"])], 1)
         last = torch.zeros_like(problems.pixels)
         last[..., -4:, -4:] = 1.0
         other = ids.clone()
-        other[0, 4] = task.ID["here"]
+        other[0, n + 1] = task.ID["here"]
         base, moved, said = (
             model.states(problems.pixels, ids),
             model.states(problems.pixels + last, ids),
             model.states(problems.pixels, other),
         )
-        changed = models.PATCHES + 4
+        changed = models.PATCHES + n + 1
         assert not torch.allclose(base[:, 0], moved[:, 0])
         assert torch.equal(base[:, :changed], said[:, :changed])
         assert not torch.allclose(base[:, -1], said[:, -1])
@@ -116,12 +129,9 @@ class TestModel:
         mask = torch.ones(1, models.PATCHES + ids.shape[1])
         whole = model(torch.cat([image, ids], 1), mask, pixel_values=problems.pixels).logits
         torch.testing.assert_close(whole, model.head(base))
-        mask[0, changed] = 0
-        base, said = (model(torch.cat([image, x], 1), mask, pixel_values=problems.pixels).logits for x in (ids, other))
-        assert torch.equal(base[:, changed + 1 :], said[:, changed + 1 :])
 
     def test_a_warm_start_is_kept_by_content(self, tmp_path):
-        with mock.patch.object(models, "CACHE", tmp_path), mock.patch.object(models, "WARM_START_LR", 1e-3):
+        with mock.patch.object(keep, "FOLDER", tmp_path), mock.patch.object(models, "WARM_START_LR", 1e-3):
             made = models.warm_started(3, 0.5, steps=2)
             with mock.patch.object(models, "warm_start", side_effect=AssertionError):
                 again = models.warm_started(3, 0.5, steps=2)
@@ -181,19 +191,24 @@ class TestSignals:
 
 
 class TestGradient:
-    def test_one_forward_pass_gives_the_gradient_of_each_loss(self, model, batch):
+    def test_one_forward_pass_gives_the_gradient_of_each_loss(self, model, batch, more):
         sampled, signals = batch
-        weights = gradient.all_weights(sampled, signals)
-        assert list(weights) == NAMES
-        found = gradient.method_gradients(model, sampled, signals, weights)
+        weights = variants.all_weights(sampled, signals, more)
+        assert tuple(weights) == NAMES
+        steps = [gradient.uphill(name, w, signals) for name, w in weights.items()]
+        found = gradient.gradients(model, sampled, steps)
         for name in ("grpo", "srpo_signed", "papo", "vppo"):
             loss = rollouts.loss(name, rollouts.policy_logps(model, sampled), weights[name], signals)
             direct = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
             torch.testing.assert_close(found[NAMES.index(name)], -direct, rtol=1e-4, atol=1e-7)
+        direction = torch.randn(found.shape[1], generator=seeded(3))
+        slope = gradient.slopes(model, sampled, direction)
+        along = torch.stack([(step * slope).sum() for step in steps])
+        torch.testing.assert_close(along, found @ direction, rtol=1e-3, atol=1e-4)
 
-    def test_controls_move_the_weights_they_should(self, batch):
+    def test_controls_move_the_weights_they_should(self, batch, more):
         sampled, signals = batch
-        weights = gradient.all_weights(sampled, signals)
+        weights = variants.all_weights(sampled, signals, more)
         credited = sampled.reading.role_ids != Role.OTHER
         fillers = weights["oracle: fillers"]
         assert fillers[sampled.fillers].min() > fillers[credited & ~sampled.fillers].max()
@@ -201,36 +216,137 @@ class TestGradient:
         wrong = train.cells(sampled, signals)["wrong digits, A < 0"]
         assert blamed[wrong].min() > 1.0
         assert (blamed[signals["advantages"] >= 0] == sampled.mask[signals["advantages"] >= 0]).all()
-        means = (fillers * credited).sum(1) / credited.sum(1)
+        some = credited.any(1)
+        means = (fillers * credited).sum(1)[some] / credited.sum(1)[some]
         torch.testing.assert_close(means, torch.ones_like(means))
 
-    def test_efficiencies_of_gradients_that_are_known(self):
-        rng = np.random.default_rng(0)
-        d = np.array([3.0, 4.0, 0.0, 0.0])
-        noise = rng.normal(size=(500, 4))
-        g = np.stack([d + noise, 2 * (d + noise), -d + noise, d + 3 * noise])
-        parts = d + 0.1 * rng.normal(size=(6, 4))
-        products = gradient.Products(
-            np.einsum("mbp,kp->mbk", g, parts)[:, :, None],
-            np.square(g).sum(-1),
-            (parts @ parts.T)[None],
-            np.zeros((4, 500)),
-        )
-        found = gradient.efficiencies(products)
-        assert found.absolute[0, :, 0] == pytest.approx([5 / 29**0.5, 5 / 29**0.5, -5 / 29**0.5, 5 / 61**0.5], abs=0.02)
-        np.testing.assert_allclose(found.relative[:, 1], 1.0)  # a longer step in the same direction
-        value, low, high = gradient.interval(found.relative[:, 3, 0])
-        assert low < value < high < 1.0
+    def test_the_objective_is_the_gradient_of_its_parts(self, model):
+        with mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=4, OBJECTIVE_ROLLOUTS=4):
+            parts = [gradient.objective_part(model, 5 + 10_000 * k) for k in range(3)]
+            found = gradient.objective(model, 3, 5)
+        torch.testing.assert_close(found.direction, sum(parts) / 3)
+        products = [(a @ b).item() for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j]
+        squared = sum(products) / 6
+        assert found.length == pytest.approx(squared**0.5, rel=1e-4) if squared > 0 else np.isnan(found.length)
 
     def test_the_same_seed_gives_the_same_numbers(self, model):
-        with mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4):
-            parts = torch.stack([gradient.objective_part(model, k) for k in range(2)])
-        twice = [gradient.measure(model, 0.5, parts, 2, 9) for _ in range(2)]
-        other = gradient.measure(model, 0.5, parts, 2, 10)
-        for a, b, c in zip(*twice, other, strict=True):
-            np.testing.assert_array_equal(a, b)
-            assert a is not c
-        assert not np.array_equal(twice[0].squares, other.squares)
+        target = gradient.Objective(torch.ones(sum(p.numel() for p in model.parameters())), 1.0)
+        with mock.patch.multiple(gradient, TOGETHER=1, PROMPTS=2):
+            twice = [gradient.measure(model, 0.5, target, 2, 1, 9) for _ in range(2)]
+            other = gradient.measure(model, 0.5, target, 2, 1, 10)
+        assert twice[0].efficiency.shape == (len(NAMES), 2)
+        np.testing.assert_array_equal(twice[0].efficiency, twice[1].efficiency)
+        np.testing.assert_array_equal(twice[0].agreement, twice[1].agreement)
+        assert not np.array_equal(twice[0].efficiency, other.efficiency)
+
+
+class TestSiblings:
+    def test_the_sibling_is_right_and_of_the_same_prompt(self, batch):
+        sampled, _ = batch
+        found = variants.right_sibling(sampled)
+        here = torch.arange(len(found))
+        others = [
+            [j for j in here.tolist() if j != i and sampled.group_ids[j] == sampled.group_ids[i] and sampled.rewards[j]]
+            for i in here.tolist()
+        ]
+        assert any(others)
+        assert all((j in others[i]) if others[i] else j == i for i, j in enumerate(found.tolist()))
+
+    def test_what_a_sibling_contradicts(self):
+        texts = [
+            "<perception> the first 3 here second 4 </perception>",
+            "<perception> first 3 so second 5 </perception>",
+        ]
+        rows = [[task.ID[word] for word in text.split()] for text in texts]
+        ids = torch.tensor([row + [task.PAD] * (9 - len(row)) for row in rows])
+        mask = ids != task.PAD
+        rewards = torch.tensor([0.0, 1.0])
+        sampled = rollouts.Rollouts(None, ids, mask, task.read(ids, mask), rewards, torch.zeros(2, dtype=torch.long))
+        found = variants.contradicted(sampled, torch.tensor([1, 1]))
+        assert [task.WORDS[i] for i in ids[found].tolist()] == ["the", "here", "4"]
+        assert not found[1].any()
+
+    def test_contradicted_evidence_is_blamed_and_other_evidence_spared(self, batch, more):
+        _, signals = batch
+        weights = variants.sibling_weights(signals, more)
+        evidence = variants.contrast("srpo", signals)
+        failing = (signals["advantages"] < 0)[:, None] & (signals["role_ids"] == Role.PERCEPTION)
+        assert failing.any()
+        for i in failing.any(1).nonzero()[:, 0].tolist():
+            own = failing[i]
+            followed = torch.where(more["contradicted"][i], evidence[i], -evidence[i])[own]
+            order = followed.argsort()
+            assert (weights[i][own][order].diff() >= -1e-5).all()
+        right = signals["advantages"] > 0
+        torch.testing.assert_close(weights[right], METHODS["srpo"](**signals)[right])
+
+
+class TestAnswers:
+    def found(self, factors: dict[str, dict[str, float]], policies: int = 20, noise: float = 0.02) -> dict:
+        """Rows of policies that differ, where methods are so many times as good as GRPO."""
+        rng = np.random.default_rng(0)
+        rows = []
+        for setting, own in factors.items():
+            for seed in range(policies):
+                base = 0.1 + 0.05 * rng.random()
+                rows += [
+                    [setting, seed, name, base * (own.get(name, 1.0) + noise * rng.normal())] for name in variants.NAMES
+                ]
+        seeds = list(range(policies))
+        settings = {name: {} for name in factors}
+        return {"rows": rows, "settings": settings, "looking": seeds[::2], "confirming": seeds[1::2]}
+
+    def test_a_ratio_is_paired_over_policies(self):
+        rng = np.random.default_rng(0)
+        base = rng.uniform(0.01, 1.0, 10)
+        ratio = answers.ratio(1.3 * base, base)
+        assert ratio[:3] == pytest.approx((1.3, 1.3, 1.3))
+        assert ratio.p < 0.01
+        assert answers.ratio(base, base).p == 1.0
+        assert all(np.isnan(answers.ratio(base, -base)))
+        assert np.isnan(answers.ratio(base[:1], base[:1]).low)
+
+    def test_the_interval_holds_the_truth_as_often_as_it_says(self):
+        rng = np.random.default_rng(1)
+        held = 0
+        for _ in range(2000):
+            y = 0.15 + 0.04 * rng.normal(size=10)
+            x = 1.2 * 0.15 + 0.04 * rng.normal(size=10)
+            ratio = answers.ratio(x, y)
+            held += ratio.low < 1.2 < ratio.high
+        assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+    def test_holm(self):
+        assert answers.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+        assert answers.holm([]) == []
+
+    def test_advice(self):
+        better, worse = {"srpo_signed": 1.3}, {"srpo_signed": 0.7}
+        by_text = {a.question.text: a for a in answers.answered(self.found({"start": better, "later": better}))}
+        asked = by_text["evidence or advantage direction?"]
+        assert asked.advice == "Try srpo_signed: better at start, later, worse nowhere."
+        assert by_text["which bounds? (evidence)"].advice == "No difference seen."
+        assert by_text["another method than GRPO?"].option == "srpo_signed"
+        asked = answers.answered(self.found({"start": better, "later": worse}))[0]
+        assert asked.advice == "It depends: srpo_signed is better at start, worse at later."
+        asked = answers.answered(self.found({"start": worse, "later": {}}))[0]
+        assert asked.advice == "Stay with srpo: srpo_signed is worse at start."
+        assert answers.answered(self.found({"start": better}, policies=3)) == []
+
+    def test_noise_alone_answers_nothing(self):
+        asked = answers.answered(self.found({"start": {}, "later": {}, "last": {}}, noise=0.3))
+        assert {a.advice for a in asked} == {"No difference seen."}
+
+    def test_the_option_is_chosen_by_the_looking_half_alone(self):
+        found = self.found({"start": {}})
+        for row in found["rows"]:
+            if row[2] == "papo" and row[1] in found["confirming"]:
+                row[3] *= 2
+            if row[2] == "vppo" and row[1] in found["looking"]:
+                row[3] *= 2
+        asked = {a.question.text: a for a in answers.answered(found)}["another method than GRPO?"]
+        assert asked.option == "vppo"
+        assert asked.seen == {"start": answers.EQUAL}
 
 
 class TestSpread:
@@ -267,22 +383,21 @@ class TestSpread:
 
 class TestChecks:
     def judge(self, changed: dict[str, float], agreement: float = 0.5, updated: bool = False) -> list[str]:
-        values = {"srpo_signed": 1.1, "negated contrast": 0.7, "oracle: fillers": 0.5, "oracle: wrong digits": 1.4}
-        column = np.array([(values | changed).get(name, 1.0) for name in NAMES])
-        draws = column[:, None] + 0.01 * np.random.default_rng(0).normal(size=(200, len(NAMES), 1))
-        agreed = np.array([agreement if name in PRESETS else np.nan for name in NAMES])
-        return [
-            c["name"]
-            for c in checks.check("start", NAMES, gradient.Efficiency(draws, draws), agreed, updated=updated)
-            if c["outcome"] != checks.OK
-        ]
+        values = {"srpo_signed": 1.1, "negated contrast": 0.7, "oracle: fillers": 0.5, "oracle: wrong digits": 1.7}
+        rng = np.random.default_rng(0)
+        columns = {name: (values | changed).get(name, 1.0) * (0.1 + 0.001 * rng.normal(size=20)) for name in NAMES}
+        agreed = {name: agreement if name in PRESETS else np.nan for name in NAMES}
+        return [c["name"] for c in checks.check("start", columns, agreed, updated=updated) if c["outcome"] != checks.OK]
 
     def test_controls(self):
         assert self.judge({}) == []
         assert self.judge({"negated contrast": 1.05}) == ["the negated contrast is worse than GRPO"]
-        assert self.judge({"srpo_signed": 0.7}) == ["srpo_signed is better than its negation"]
+        assert self.judge({"srpo_signed": 0.6}) == ["the negated contrast is worse than srpo_signed"]
         assert self.judge({"oracle: fillers": 0.97}) == ["fillers up are far worse than GRPO"]
-        assert self.judge({"oracle: wrong digits": 1.05}) == ["wrong digits blamed are far better than GRPO"]
+        room = "there is room: wrong digits blamed gain {} or more"
+        assert self.judge({"oracle: wrong digits": 1.5}) == [room.format(1.6)]
+        assert self.judge({"oracle: wrong digits": 1.5}, updated=True) == []
+        assert self.judge({"oracle: wrong digits": 1.3}, updated=True) == [room.format(1.4)]
         assert self.judge({}, agreement=-0.5) == ["weights follow what they should"]
         assert self.judge({"negated contrast": 1.2, "srpo_signed": 0.8}, updated=True) == []
         assert self.judge({"oracle: fillers": 0.97}, updated=True) == ["fillers up are far worse than GRPO"]
@@ -291,18 +406,19 @@ class TestChecks:
     def test_negated_weights_are_detected(self, name, batch):
         sampled, signals = batch
         weights = METHODS[name](**signals)
-        assert gradient.agreement(name, weights, signals) > checks.LEAST_AGREEMENT
-        assert gradient.agreement(name, (2.0 - weights) * sampled.mask, signals) < 0.0
+        assert variants.agreement(name, weights, signals) > checks.LEAST_AGREEMENT
+        assert variants.agreement(name, (2.0 - weights) * sampled.mask, signals) < 0.0
 
-    def test_a_method_with_negated_weights_breaks_the_run(self, model, capsys):
+    def test_a_method_with_negated_weights_breaks_the_run(self, model, capsys, tmp_path):
         true = METHODS["srpo"]
         swapped = Method("srpo", true.needs, "", "", "", lambda **s: (2.0 - true(**s)) * s["completion_mask"])
-        small = {"QUICK": {"start": learn_grounding.Setting(0.5, 0, 4, 2)}, "checkpoint": lambda *_: model}
+        small = {"QUICK": {"start": learn_grounding.Setting(0.5, 0, 4, 2, 2)}, "checkpoint": lambda *_: model}
         replaced = {name: swapped if name == "srpo" else method for name, method in METHODS.items()}
         with (
             mock.patch.multiple(learn_grounding, **small),
-            mock.patch.multiple(gradient, METHODS=replaced),
-            mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4, RESAMPLES=50),
+            mock.patch.multiple(variants, METHODS=replaced),
+            mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4, TOGETHER=1),
+            mock.patch.object(keep, "FOLDER", tmp_path),
         ):
             assert learn_grounding.main(["--quick", "--workers", "1"]) == 1
         assert "weights follow what they should: srpo -0." in capsys.readouterr().out
@@ -319,13 +435,17 @@ def test_a_run_leaves_its_policy_alone(model):
 def written(model, tmp_path_factory) -> pathlib.Path:
     """The file of a tiny run of both kinds, with its charts."""
     path = tmp_path_factory.mktemp("grounding") / "cpu.json"
-    small = {name: s._replace(batches=4, parts=2) for name, s in learn_grounding.SETTINGS.items()}
+    kept = ("start", "strong shortcut")
+    small = {name: learn_grounding.SETTINGS[name]._replace(batches=1, lengths=1, parts=2) for name in kept}
     with (
         mock.patch.multiple(learn_grounding, SETTINGS=small, checkpoint=lambda *_: model),
-        mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4, RESAMPLES=50),
+        mock.patch.multiple(gradient, OBJECTIVE_PROMPTS=16, OBJECTIVE_ROLLOUTS=4, TOGETHER=1, PROMPTS=2),
+        mock.patch.object(keep, "FOLDER", path.parent / "kept"),
         mock.patch.multiple(train, TEST_PROBLEMS=32, STATISTICS_PROMPTS=4, EVERY=2),
     ):
-        learn_grounding.main(["--workers", "1", "--seeds", "2", "--json", str(path)])
+        learn_grounding.main(["--workers", "1", "--seeds", "4", "--json", str(path)])
+        with mock.patch.object(gradient, "measure", side_effect=AssertionError("measured once more")):
+            learn_grounding.main(["--workers", "1", "--seeds", "4", "--json", str(path)])
         shape = ["--seeds", "2", "--steps", "3", "--test", "64", "--methods", "grpo", "srpo"]
         assert learn_grounding.main(["--train", "--workers", "1", *shape, "--json", str(path), "--plot"]) == 0
     return path
@@ -334,10 +454,11 @@ def written(model, tmp_path_factory) -> pathlib.Path:
 class TestFiles:
     def test_what_is_written(self, written):
         known = json.loads(written.read_text())
-        assert known["gradient"]["settings"].keys() == learn_grounding.SETTINGS.keys()
-        for setting in known["gradient"]["settings"].values():
-            assert [row["method"] for row in setting["rows"]] == NAMES
-            assert all(len(row["by_seed"]) == 2 for row in setting["rows"])
+        assert list(known["gradient"]["settings"]) == ["start", "strong shortcut"]
+        gradients = known["gradient"]
+        assert (gradients["looking"], gradients["confirming"]) == ([0, 2], [1, 3])
+        rows = [tuple(row[:3]) for row in gradients["rows"]]
+        assert sorted(rows) == sorted((s, seed, m) for s in gradients["settings"] for seed in range(4) for m in NAMES)
         assert [(r["method"], r["seed"]) for r in known["runs"]["runs"]] == [
             ("grpo", 0), ("srpo", 0), ("grpo", 1), ("srpo", 1)
         ]  # fmt: skip
@@ -345,21 +466,23 @@ class TestFiles:
             assert run["steps"] == [0, 2, 3]
             assert run["curve"][0].keys() == train.MEASURES.keys()
         charts = sorted(chart.name for chart in written.parent.glob("*.png"))
-        assert charts == ["cpu-curves.png", "cpu-efficiency.png", "cpu-weights.png"]
+        assert charts == ["cpu-answers.png", "cpu-curves.png", "cpu-efficiency.png", "cpu-weights.png"]
 
     def test_the_section_says_what_the_file_holds(self, written, tmp_path):
         text = report.section(written)
-        row = json.loads(written.read_text())["gradient"]["settings"]["start"]["rows"][1]
-        assert "{:.2f} [{:.2f}, {:.2f}]".format(*row["relative"][0]) in text
-        changed = tmp_path / "cpu.json"
         known = json.loads(written.read_text())
-        known["gradient"]["settings"]["start"]["rows"][1]["relative"][0] = [7.77, 7.0, 8.0]
+        own = answers.columns(known["gradient"], "start")
+        assert str(answers.ratio(own["tor"], own["grpo"])) in text
+        assert all(a.advice in text for a in answers.answered(known["gradient"]))
+        changed = tmp_path / "cpu.json"
+        for row in known["gradient"]["rows"]:
+            row[3] = 7.77 if row[2] == "tor" else 1.0
         changed.write_text(json.dumps(known))
-        assert "7.77 [7.00, 8.00]" in report.section(changed)
-        readme = f"before\n{report.BEGIN}\n\nold\n\n{report.END}\nafter"
+        assert "7.77 [7.77, 7.77]" in report.section(changed)
+        readme = f"before\n{report.BEGIN}\n\nwhat was there\n\n{report.END}\nafter"
         made = report.with_section(readme, written)
         assert text in made
-        assert "old" not in made
+        assert "what was there" not in made
         assert report.with_section(made, written) == made
         assert report.with_section("no markers", written) == "no markers"
 

@@ -3,48 +3,51 @@
 A control is `ok` when its interval lies where it must, `WRONG` when it lies on the other side, `undecided` when it
 holds the border. Undecided breaks a run only at the start: a policy that has learned most of the task leaves little to
 measure. Controls that negate a contrast are judged right after a warm start alone: whether contrasts still point the
-right way after updates is a finding, not a fact to hold a run to. The oracles know the labels, and are judged always.
+right way after updates is a finding, not a fact to hold a run to. The oracles know the labels, and are judged always:
+where blame for the wrong digits gains little, the task has no room to tell methods apart.
 """
 
 from typing import Any
 
 import numpy as np
 
-from grounding.gradient import CONTROLS, Efficiency
+from grounding.answers import Ratio, ratio
+from grounding.variants import CONTROLS
 
-SIGNED = "srpo_signed"
+BASE, SIGNED = "grpo", "srpo_signed"
 LEAST_AGREEMENT = 0.1
-FAR_WORSE, FAR_BETTER = 0.9, 1.1
+FAR_WORSE = 0.9
+ROOM, ROOM_AFTER_UPDATES = 1.6, 1.4
 OK, WRONG, UNDECIDED = "ok", "WRONG", "undecided"
 
 
 def check(
-    setting: str, methods: list[str], found: Efficiency, agreement: np.ndarray, *, updated: bool = False
+    setting: str, columns: dict[str, np.ndarray], agreement: dict[str, float], *, updated: bool = False
 ) -> list[dict[str, Any]]:
     """Judge the controls of a setting.
 
     Args:
-        methods: names, in the order of `found`.
-        agreement: `[methods]`, see `grounding.gradient.agreement`.
+        columns: efficiencies `[units]` by method.
+        agreement: by method, see `grounding.variants.agreement`.
         updated: whether the policies have been updated since their warm start.
 
     Returns: dicts with `setting`, `name`, `outcome` and `found`, a sentence.
     """
-    column = dict(zip(methods, found.relative[:, :, 0].T, strict=True))
-    negated, fillers, wrong = (column[name] for name in CONTROLS)
-    gap = column[SIGNED] - negated
+    negated, fillers, wrong = (ratio(columns[name], columns[BASE]) for name in CONTROLS)
+    against = ratio(columns[CONTROLS[0]], columns[SIGNED])
     of_contrasts = [
-        ("the negated contrast is worse than GRPO", _judge(1.0 - negated, 0.0), _text(negated)),
-        (f"{SIGNED} is better than its negation", _judge(gap, 0.0), f"by {_text(gap)}"),
+        ("the negated contrast is worse than GRPO", _below(negated, 1.0), negated),
+        (f"the negated contrast is worse than {SIGNED}", _below(against, 1.0), against),
     ]
+    room = ROOM_AFTER_UPDATES if updated else ROOM
     judged = [
         *(() if updated else of_contrasts),
-        ("fillers up are far worse than GRPO", _judge(1.0 - fillers, 1.0 - FAR_WORSE), _text(fillers)),
-        ("wrong digits blamed are far better than GRPO", _judge(wrong - 1.0, FAR_BETTER - 1.0), _text(wrong)),
+        ("fillers up are far worse than GRPO", _below(fillers, FAR_WORSE), fillers),
+        (f"there is room: wrong digits blamed gain {room} or more", _above(wrong, room), wrong),
     ]
-    astray = [f"{m} {r:+.2f}" for m, r in zip(methods, agreement, strict=True) if r < LEAST_AGREEMENT]
+    astray = [f"{m} {r:+.2f}" for m, r in agreement.items() if r < LEAST_AGREEMENT]
     judged.append(("weights follow what they should", WRONG if astray else OK, ", ".join(astray) or "all do"))
-    return [{"setting": setting, "name": n, "outcome": o, "found": f} for n, o, f in judged]
+    return [{"setting": setting, "name": n, "outcome": o, "found": str(f)} for n, o, f in judged]
 
 
 def broken(checked: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
@@ -52,14 +55,15 @@ def broken(checked: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
     return [c for c in checked if c["outcome"] == WRONG or (c["outcome"] == UNDECIDED and c["setting"] == first)]
 
 
-def _judge(gain: np.ndarray, least: float) -> str:
-    """Judge draws that must be positive, and whose estimate must exceed `least`."""
-    low, high = np.percentile(gain[1:], [2.5, 97.5])
-    if low > 0.0 and gain[0] > least:
+def _below(found: Ratio, bound: float) -> str:
+    """Judge a ratio that must be below 1, and whose estimate must be below a bound."""
+    if found.high < 1.0 and found.value < bound:
         return OK
-    return UNDECIDED if not high <= 0.0 else WRONG
+    return WRONG if found.low >= 1.0 else UNDECIDED
 
 
-def _text(draws: np.ndarray) -> str:
-    low, high = np.percentile(draws[1:], [2.5, 97.5])
-    return f"{draws[0]:.2f} [{low:.2f}, {high:.2f}]"
+def _above(found: Ratio, bound: float) -> str:
+    """Judge a ratio that must be above 1, and whose estimate must be above a bound."""
+    if found.low > 1.0 and found.value >= bound:
+        return OK
+    return WRONG if found.high <= 1.0 else UNDECIDED

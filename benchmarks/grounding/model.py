@@ -1,11 +1,6 @@
 """A prefix vision-language model of about 110k parameters, sampled with a KV cache, and its supervised warm start."""
 
-import hashlib
 import math
-import os
-import pathlib
-import sys
-import tempfile
 
 import torch
 import transformers
@@ -13,17 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
-from grounding import task
+from grounding import keep, task
 from srpo import PixelLayout
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
-PATCH = 4  # pixels per side of an image token
-PATCHES = 2 * (task.SIDE // PATCH) ** 2
-PREFIX = PATCHES + 3  # image tokens and prompt
-LAYOUT = PixelLayout("images", PATCH, (0.5,), (0.5,))
-WARM_START_STEPS, WARM_START_LR = 600, 1e-2
-DEMONSTRATIONS, SUMS = 48, 200  # of a step of the warm start
-CACHE = pathlib.Path(tempfile.gettempdir()) / "srpo-learn-grounding"
+PATCH = task.SIDE  # pixels per side of an image token: one for each digit
+PATCHES = task.DIGITS
+PREFIX = PATCHES + task.PROMPT  # image tokens and prompt
+LAYOUT = PixelLayout("images", task.SIDE // 2, (0.5,), (0.5,))  # masks cover quarters of digits
+WARM_START_STEPS, WARM_START_LR = 500, 1e-2
+DEMONSTRATIONS, SUMS, LOOKUPS = 48, 200, 100  # of a step of the warm start
 
 
 class Block(nn.Module):
@@ -61,7 +55,7 @@ class PrefixVLM(transformers.PreTrainedModel):
     def __init__(self, config: PrefixVLMConfig | None = None) -> None:
         super().__init__(PrefixVLMConfig() if config is None else config)
         self.patch = nn.Linear(PATCH**2, WIDTH)
-        self.words = nn.Embedding(len(task.WORDS), WIDTH)
+        self.words, self.before = nn.Embedding(len(task.WORDS), WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
         self.positions = nn.Parameter(torch.empty(PREFIX + task.LENGTH, WIDTH))
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(task.WORDS), bias=False)
@@ -86,16 +80,17 @@ class PrefixVLM(transformers.PreTrainedModel):
             input_ids: `[B, S]`, a picture as PATCHES image tokens.
             attention_mask: `[B, S]` 0/1.
             position_ids: `[B, S]`; None counts columns.
-            pixel_values: `[B, 1, 8, 16]`.
+            pixel_values: `[B, 1, 8, 32]`.
             use_cache: nothing is kept.
         """
         image = input_ids == self.config.image_token_id
-        x = self.words(input_ids.masked_fill(image, 0))
+        x = self.read(input_ids.masked_fill(image, task.PAD))
         if pixel_values is not None:
             x = x.masked_scatter(image[..., None], self.see(pixel_values))
         S = input_ids.shape[1]
-        x = x + (self.positions[:S] if position_ids is None else self.positions[position_ids])
         columns = torch.arange(S)
+        # padding behind another rollout's longer perception may lie beyond the last position
+        x = x + self.positions[(columns if position_ids is None else position_ids).clamp(max=len(self.positions) - 1)]
         allowed = (columns <= columns[:, None]) | (image[:, None, :] & image[:, :, None])
         allowed = (allowed & (attention_mask != 0)[:, None, :]) | torch.eye(S, dtype=torch.bool)
         for block in self.blocks:
@@ -106,10 +101,10 @@ class PrefixVLM(transformers.PreTrainedModel):
         """Return the last states `[B, PATCHES + text, H]` that the head is called on, of whole sequences.
 
         Args:
-            pixels: `[B, 1, 8, 16]`.
+            pixels: `[B, 1, 8, 32]`.
             ids: `[B, text]`, prompt and completion.
         """
-        x = torch.cat([self.see(pixels), self.words(ids)], 1)
+        x = torch.cat([self.see(pixels), self.read(ids)], 1)
         return self.run(x, 0, _allowed(PATCHES, x.shape[1]))
 
     def run(self, x: Tensor, first: int, allowed: Tensor) -> Tensor:
@@ -123,11 +118,16 @@ class PrefixVLM(transformers.PreTrainedModel):
         """Cut pictures into patches and embed them."""
         return self.patch(functional.unfold(pixels, PATCH, stride=PATCH).mT)
 
+    def read(self, ids: Tensor) -> Tensor:
+        """Embed words, each with the one before it, which spares the small model a layer to look words up by place."""
+        return self.words(ids) + self.before(self.words(functional.pad(ids[:, :-1], (1, 0), value=task.PAD)))
+
     @torch.no_grad()
     def sample(self, problems: task.Problems, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Sample completions at temperature 1: ids and mask, each `[B, LENGTH]`."""
-        B = len(problems.left)
-        x = torch.cat([self.see(problems.pixels), self.words(problems.prompt_ids)], 1) + self.positions[:PREFIX]
+        B = len(problems.hint)
+        x = torch.cat([self.see(problems.pixels), self.read(problems.prompt_ids)], 1) + self.positions[:PREFIX]
+        last = problems.prompt_ids[:, -1]
         allowed = _allowed(PATCHES, PREFIX + task.LENGTH)
         caches: list[list[Tensor]] = [[] for _ in self.blocks]
         ids = torch.full((B, task.LENGTH), task.PAD)
@@ -142,7 +142,8 @@ class PrefixVLM(transformers.PreTrainedModel):
             alive &= token != task.EOS
             if not alive.any():
                 break
-            x = (self.words(token) + self.positions[end])[:, None]
+            x = self.read(torch.stack([last, token], 1))[:, 1:] + self.positions[end]
+            last = token
         ended = (ids == task.EOS).cumsum(1)
         return ids, (ended == 0) | ((ended == 1) & (ids == task.EOS))
 
@@ -167,8 +168,9 @@ def warm_start(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> Prefi
         optimizer.param_groups[0]["lr"] = WARM_START_LR * rate
         problems = task.draw(DEMONSTRATIONS, generator, held_out=False, p_hint=p_hint)
         loss = _imitation_loss(model, problems, task.demonstrations(problems, generator))
-        first = PREFIX + int(torch.randint(4, 13, (), generator=generator))
-        loss = loss + _last_token_loss(model, task.sums(SUMS, generator), first)
+        for words in (task.sums(SUMS, generator), task.lookups(LOOKUPS, generator)):
+            first = PREFIX + int(torch.randint(task.LENGTH - words.shape[1], (), generator=generator))
+            loss = loss + _last_token_loss(model, words, first)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,30 +179,24 @@ def warm_start(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> Prefi
 
 
 def _imitation_loss(model: PrefixVLM, problems: task.Problems, ids: Tensor) -> Tensor:
-    """Return the cross entropy of completions; the result of a computation counts three times."""
+    """Return the cross entropy of completions; results, and digits that are taken from the perception, count thrice."""
     states = model.states(problems.pixels, torch.cat([problems.prompt_ids, ids], 1)[:, :-1])
     logits = model.head(states[:, PREFIX - 1 :])
     losses = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-    weights = (ids != task.PAD) + 2.0 * functional.pad(ids == task.ID["="], (1, 0))[:, :-1]
+    told = (ids == task.ID["="]) | (ids == task.ID["is"])
+    weights = (ids != task.PAD) + 2.0 * functional.pad(told, (1, 0))[:, :-1]
     return (weights * losses).sum() / weights.sum()
 
 
 def _last_token_loss(model: PrefixVLM, ids: Tensor, first: int) -> Tensor:
-    states = model.run(model.words(ids[:, :-1]), first, _allowed(0, ids.shape[1] - 1))
+    states = model.run(model.read(ids[:, :-1]), first, _allowed(0, ids.shape[1] - 1))
     return functional.cross_entropy(model.head(states[:, -1]), ids[:, -1])
 
 
 def warm_started(seed: int, p_hint: float, steps: int = WARM_START_STEPS) -> PrefixVLM:
-    """Load the warm start of these settings and this very code, or make and keep it."""
-    code = (pathlib.Path(module.__file__).read_text() for module in (task, sys.modules[__name__]))
-    key = "\n".join([*code, torch.__version__, f"{seed} {p_hint} {steps}"])
-    path = CACHE / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
-    if not path.exists():
-        made = warm_start(seed, p_hint, steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        torch.save(made.state_dict(), partial)
-        partial.replace(path)
+    """Load the warm start of these settings, or make and keep it."""
     model = PrefixVLM()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    made_by = keep.code(("task.py", "model.py"), library=False)
+    name = f"warm start of {seed}, {p_hint}, {steps}"
+    model.load_state_dict(keep.kept(made_by, name, lambda: warm_start(seed, p_hint, steps).state_dict()))
     return model

@@ -7,14 +7,16 @@ from typing import Any
 from report import with_block
 from tabulate import tabulate
 
-from grounding import checks, runs
+from grounding import answers, checks, runs, variants
+from grounding.checks import BASE
+from srpo import METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]
 GUIDE = ROOT / "benchmarks" / "grounding" / "README.md"
 PATH = ROOT / "benchmarks" / "results" / "grounding" / "cpu.json"
 BEGIN, END = "<!-- grounding: python benchmarks/learn_grounding.py --readme -->", "<!-- end of grounding -->"
 COLOURS = {"grpo": "#7f7f7f", "srpo": "#b5202a", "srpo_signed": "#2a78b5"}
-UNCERTAINTY = "95 % intervals of a bootstrap over batches and rollouts at these policies, one method at a time"
+UNCERTAINTY = "95 % intervals (t) over policies, one at a time; of a single policy over its batches"
 OTHER, CONTROL = "#555555", "#d98200"
 SPREAD_HEADERS = ("role", "contrast", "mean, nats", "deviation between tokens", "deviation over the draw", "luck")
 SPREAD = (
@@ -22,7 +24,11 @@ SPREAD = (
     "the mean of the divergence over the vocabulary; their deviation over the draw is computed exactly. Luck is its "
     "share of the variance of what the weights see."
 )
-HEADERS = ("method", "hint-free reward, / GRPO", "warm starts", "grounded-correct, / GRPO", "copying (cosine)")
+ANSWERS = (
+    "The half of the policies that is for looking chose the option; what is shown are the other half's ratios of its "
+    "efficiency to that of today's setting. Bold: no chance, by a paired t over policies, after Holm over all tests of "
+    "this table (5 %)."
+)
 
 
 def save(path: pathlib.Path, part: str, found: dict[str, Any]) -> None:
@@ -34,7 +40,7 @@ def save(path: pathlib.Path, part: str, found: dict[str, Any]) -> None:
 
 def _lines(x: Any, indent: str = "") -> str:
     """Return JSON with a line for each row of a table, and for each setting."""
-    rows = isinstance(x, list) and bool(x) and isinstance(x[0], dict)
+    rows = isinstance(x, list) and bool(x) and isinstance(x[0], dict | list)
     if not rows and not (isinstance(x, dict) and any(isinstance(value, dict | list) for value in x.values())):
         return json.dumps(x)
     inner = indent + " "
@@ -52,41 +58,50 @@ def about(found: dict[str, Any]) -> str:
     return f"{where['cpu']}, torch {where['torch']}, {where['date']}, commit {where['commit']}"
 
 
-def rows_of(setting: dict[str, Any]) -> list[list[str]]:
-    """Return the table of a setting: estimates with 95 % intervals, and the range over warm starts."""
-    return [
-        [
-            row["method"],
-            _interval(row["relative"][0]),
-            f"{min(row['by_seed']):.2f} to {max(row['by_seed']):.2f}",
-            _interval(row["relative"][1]),
-            _interval(row["absolute"][2]),
-        ]
-        for row in setting["rows"]
+def methods_table(found: dict[str, Any], tablefmt: str = "simple") -> str:
+    """Return the efficiency of each method over GRPO's: a row for each, a column for each setting."""
+    by_setting = {name: answers.columns(found, name) for name in found["settings"]}
+    rows = [
+        [method, *(str(answers.ratio(own[method], own[BASE])) for own in by_setting.values())]
+        for method in variants.NAMES
     ]
+    return tabulate(rows, ["efficiency, / GRPO's", *by_setting], tablefmt=tablefmt, disable_numparse=True)
 
 
-def _interval(x: list[float]) -> str:
-    return f"{x[0]:.2f} [{x[1]:.2f}, {x[2]:.2f}]"
+def answers_table(found: dict[str, Any], tablefmt: str = "simple") -> str:
+    """Return the answers to the questions, or say why there are none."""
+    answered = answers.answered(found)
+    if not answered:
+        return "Too few policies to answer questions: two halves of at least 2 are needed."
+    rows = [
+        [a.question.text, a.question.default, a.option, *(_cell(a, name) for name in found["settings"]), a.advice]
+        for a in answered
+    ]
+    headers = ["question", "today", "the other", *found["settings"], "so"]
+    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
 
 
-def title(name: str, setting: dict[str, Any]) -> str:
-    """Name a setting, what it was measured on, and GRPO's own efficiency."""
-    own = _interval(setting["rows"][0]["absolute"][0])
-    drawn = f"{setting['batches']} batches, objectives from {setting['parts']} x 1024 rollouts"
-    policy = f"{setting['updates']} updates after the warm start" if setting["updates"] else "after the warm start"
-    return f"{name}: {policy}, hints right {setting['p_hint']:.0%} of the time; {drawn}; cosine of GRPO {own}"
+def _cell(answer: answers.Answer, setting: str) -> str:
+    bold = "" if answer.seen[setting] == answers.EQUAL else "**"
+    return f"{bold}{answer.ratios[setting]}{bold}"
+
+
+def settings_text(found: dict[str, Any]) -> str:
+    """Say what each setting is, and where GRPO's gradient points there."""
+    lines = []
+    for name, setting in found["settings"].items():
+        own = answers.columns(found, name)[BASE].mean()
+        policy = f"{setting['updates']} updates of GRPO after the warm start" if setting["updates"] else "warm starts"
+        lines.append(f"{name}: {policy}, hints right {setting['p_hint']:.0%} of the time; cosine of GRPO {own:.2f}")
+    return "\n".join(lines)
 
 
 def gradient_text(found: dict[str, Any]) -> str:
     """Format the gradient check for a terminal."""
-    parts = [f"{sizes(found)}; {UNCERTAINTY}\n{about(found)}"]
-    for name, setting in found["settings"].items():
-        parts.append(f"{title(name, setting)}\n{tabulate(rows_of(setting), HEADERS, disable_numparse=True)}")
-    parts.append("\n".join(check_lines(found)))
     wrong = checks.broken(found["checks"], next(iter(found["settings"])))
-    parts.append(f"BROKEN: {len(wrong)} controls came out wrong; believe nothing above" if wrong else verdict(found))
-    return "\n\n".join(parts)
+    last = f"BROKEN: {len(wrong)} controls came out wrong; believe nothing above" if wrong else "The controls hold."
+    parts = (f"{sizes(found)}; {UNCERTAINTY}\n{about(found)}", settings_text(found), methods_table(found))
+    return "\n\n".join((*parts, ANSWERS, answers_table(found), "\n".join(check_lines(found)), last))
 
 
 def seeds_of(found: dict[str, Any]) -> str:
@@ -97,28 +112,19 @@ def seeds_of(found: dict[str, Any]) -> str:
 
 def sizes(found: dict[str, Any]) -> str:
     """Say how much was measured."""
-    n = len(found["seeds"])
-    return f"{n} warm start{'s' if n > 1 else ''}, batches of 8 x 8 rollouts"
+    n, setting = len(found["seeds"]), next(iter(found["settings"].values()))
+    policies = f"{n} policies" if n > 1 else "1 policy"
+    objective = f"objectives from {setting['parts'] * 256} rollouts"
+    return f"{policies} a setting, {setting['batches']} batches of 8 x 8 rollouts each, {objective}"
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def check_lines(found: dict[str, Any]) -> list[str]:
     """Return one line for each control."""
     return [f"{c['outcome']:9} {c['setting']}: {c['name']}: {c['found']}" for c in found["checks"]]
-
-
-def verdict(found: dict[str, Any]) -> str:
-    """Say in words which methods beat GRPO's gradient, which lose, and which do not differ."""
-    sentences = []
-    for name, setting in found["settings"].items():
-        better, worse, equal = [], [], []
-        for row in setting["rows"]:
-            if row["method"] == "grpo" or row["method"].startswith(("oracle", "negated")):
-                continue
-            _, low, high = row["relative"][0]
-            (better if low > 1.0 else worse if high < 1.0 else equal).append(row["method"])
-        groups = (("better than GRPO", better), ("worse", worse), ("no difference", equal))
-        sentences.append(f"{name}: " + "; ".join(f"{what}: {', '.join(who)}" for what, who in groups if who) + ".")
-    return "\n".join(sentences)
 
 
 def plot(path: pathlib.Path) -> list[pathlib.Path]:
@@ -129,8 +135,9 @@ def plot(path: pathlib.Path) -> list[pathlib.Path]:
     known = json.loads(path.read_text())
     charts = []
     if "gradient" in known:
-        charts.append(path.with_name(f"{path.stem}-efficiency.png"))
-        _plot_efficiency(charts[-1], known["gradient"])
+        charts += [path.with_name(f"{path.stem}-{name}.png") for name in ("efficiency", "answers")]
+        _plot_efficiency(charts[0], known["gradient"])
+        _plot_answers(charts[1], known["gradient"])
     if "runs" in known:
         charts += runs.plot(path, known["runs"], COLOURS, OTHER)
     return charts
@@ -139,26 +146,52 @@ def plot(path: pathlib.Path) -> list[pathlib.Path]:
 def _plot_efficiency(path: pathlib.Path, found: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
-    settings = found["settings"]
-    figure, axes = pyplot.subplots(1, len(settings), figsize=(3.6 * len(settings) + 1, 4.4), layout="constrained",
-                                   sharey=True, squeeze=False)  # fmt: skip
-    for axis, (name, setting) in zip(axes[0], settings.items(), strict=True):
-        rows = setting["rows"][::-1]
-        for y, row in enumerate(rows):
-            value, low, high = row["relative"][0]
-            control = row["method"].startswith(("oracle", "negated"))
-            colour = CONTROL if control else COLOURS.get(row["method"], OTHER)
-            axis.plot([low, high], [y, y], color=colour, linewidth=2)
-            axis.plot([value], [y], marker="o", markersize=5, color=colour)
-            axis.plot(row["by_seed"], [y] * len(row["by_seed"]), "|", markersize=5, color=colour, alpha=0.5)
+    names = (*METHODS, *variants.CONTROLS)[::-1]
+    figure, axes = pyplot.subplots(1, len(found["settings"]), figsize=(3.0 * len(found["settings"]) + 1, 4.4),
+                                   layout="constrained", sharey=True, squeeze=False)  # fmt: skip
+    for axis, setting in zip(axes[0], found["settings"], strict=True):
+        own = answers.columns(found, setting)
+        for y, name in enumerate(names):
+            colour = CONTROL if name in variants.CONTROLS else COLOURS.get(name, OTHER)
+            _interval(axis, answers.ratio(own[name], own[BASE]), y, colour)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=8)
-        axis.set(title=name, xlabel="efficiency / GRPO's")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(title=setting, xlabel="efficiency / GRPO's")
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3, axis="x")
     figure.suptitle("gradient toward the hint-free objective, 95 % intervals; orange: controls", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _plot_answers(path: pathlib.Path, found: dict[str, Any]) -> None:
+    """Draw a row for each question, a point for each setting; a filled one is no chance."""
+    from matplotlib import pyplot
+
+    answered = answers.answered(found)[::-1]
+    height = 0.42 * len(answered) + 1.4
+    figure, axis = pyplot.subplots(figsize=(9.5, height), layout="constrained")
+    for y, answer in enumerate(answered):
+        for k, (setting, ratio) in enumerate(answer.ratios.items()):
+            filled = answer.seen[setting] != answers.EQUAL
+            _interval(axis, ratio, y + 0.27 - 0.18 * k, f"C{k}", filled=filled, label=None if y else setting)
+    labels = [f"{a.question.text}  {a.question.default} → {a.option}" for a in answered]
+    axis.set_yticks(range(len(answered)), labels, fontsize=8)
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_xlabel("efficiency / that of today's setting; filled: no chance")
+    axis.grid(alpha=0.3, axis="x")
+    if answered:
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _interval(
+    axis: Any, ratio: answers.Ratio, y: float, colour: str, *, filled: bool = True, label: str | None = None
+) -> None:
+    axis.plot([ratio.low, ratio.high], [y, y], color=colour, linewidth=2)
+    face = colour if filled else "white"
+    axis.plot([ratio.value], [y], marker="o", markersize=5, color=colour, markerfacecolor=face, label=label)
 
 
 def runs_text(found: dict[str, Any]) -> str:
@@ -195,14 +228,17 @@ def section(path: pathlib.Path = PATH) -> str:
     if "gradient" in known:
         found = known["gradient"]
         command = f"`python benchmarks/learn_grounding.py {seeds_of(found)}`"
-        parts.append(f"{command}: {sizes(found)}; {UNCERTAINTY}.  \n{about(found)}")
-        for name, setting in found["settings"].items():
-            body = tabulate(rows_of(setting), HEADERS, tablefmt="github", disable_numparse=True)
-            parts.append(f"{title(name, setting)}\n\n{body}")
+        halves = f"looking: seeds {_listed(found['looking'])}; confirming: {_listed(found['confirming'])}"
+        parts.append(f"{command}: {sizes(found)}; {UNCERTAINTY}; {halves}.  \n{about(found)}")
+        parts.append(settings_text(found).replace("\n", "  \n"))
+        parts.append(f"{ANSWERS}\n\n{answers_table(found, 'github')}")
+        parts += [image for stem, image in images.items() if stem.endswith("answers")]
+        parts.append(methods_table(found, "github"))
         outcomes = [check["outcome"] for check in found["checks"]]
         counts = ", ".join(f"{outcomes.count(o)} {o}" for o in (checks.OK, checks.UNDECIDED, checks.WRONG))
         parts.append(f"Controls: {counts}.")
-        parts.append(verdict(found).replace("\n", "  \n"))
+        room = [c for c in found["checks"] if c["name"].startswith("there is room")]
+        parts.append("Room: " + "; ".join(f"{c['setting']} {c['found']}" for c in room) + ".")
         parts += [image for stem, image in images.items() if stem.endswith("efficiency")]
     if "spread" in known:
         found = known["spread"]
@@ -212,7 +248,7 @@ def section(path: pathlib.Path = PATH) -> str:
         found = known["runs"]
         parts.append(f"`python benchmarks/learn_grounding.py --train {seeds_of(found)}`:  \n{about(found)}")
         parts.append(runs.markdown(found))
-        parts += [image for stem, image in images.items() if not stem.endswith("efficiency")]
+        parts += [image for stem, image in images.items() if stem.endswith(("curves", "weights"))]
     return "\n\n".join(parts)
 
 

@@ -40,14 +40,14 @@ class Rollouts(NamedTuple):
 
     @property
     def digit_is_wrong(self) -> Tensor:
-        """Tell whether the stated left and right digit `[N, 2]` are wrong; False where none is stated."""
-        truth = torch.stack([self.problems.left, self.problems.right], 1)
-        return (self.reading.stated >= 0) & (self.stated_digits != truth)
+        """Tell which of the stated digits `[N, 4]` are wrong; False where they are not stated."""
+        return (self.reading.stated >= 0) & (self.stated_digits != self.problems.digits)
 
     @property
     def is_seen_right(self) -> Tensor:
-        """Tell whether two digits are stated, both right."""
-        return (self.reading.stated >= 0).all(1) & ~self.digit_is_wrong.any(1)
+        """Tell whether the digits that count are stated, both right."""
+        right = (self.reading.stated >= 0) & ~self.digit_is_wrong
+        return right.gather(1, self.problems.asked).all(1)
 
     @property
     def stated_digits(self) -> Tensor:
@@ -67,7 +67,7 @@ class Rollouts(NamedTuple):
 
 def roll_out(model: PrefixVLM, problems: task.Problems, rollouts: int, generator: torch.Generator) -> Rollouts:
     """Sample completions of each problem, and reward right answers."""
-    group_ids = torch.arange(len(problems.left)).repeat_interleave(rollouts)
+    group_ids = torch.arange(len(problems.hint)).repeat_interleave(rollouts)
     repeated = problems.rows(group_ids)
     ids, mask = model.sample(repeated, generator)
     reading = task.read(ids, mask)
@@ -132,10 +132,9 @@ def model_inputs(model: PrefixVLM, rollouts: Rollouts) -> dict[str, Tensor]:
 
 def streams_of(model: PrefixVLM, rollouts: Rollouts, **options: Any) -> Any:
     """Score a batch as any user of the library does."""
-    return score_streams(
-        model, logits_to_keep=rollouts.ids.shape[1], role_ids=rollouts.reading.role_ids, corruption=CORRUPTION,
-        pixel_layout=LAYOUT, **model_inputs(model, rollouts), **options,
-    )  # fmt: skip
+    settings = {"corruption": CORRUPTION, "pixel_layout": LAYOUT} | options
+    length, roles = rollouts.ids.shape[1], rollouts.reading.role_ids
+    return score_streams(model, logits_to_keep=length, role_ids=roles, **model_inputs(model, rollouts), **settings)
 
 
 def _logps(model: PrefixVLM, rollouts: Rollouts, problems: task.Problems) -> Tensor:

@@ -1,10 +1,13 @@
-"""The task of learn_grounding.py: two handwritten digits, an operation on them, and a hint that one may copy instead.
+"""The task of learn_grounding.py: four handwritten digits, two of which are asked about, and a hint that one may copy.
 
-    picture, "+ hint 7"  ->  <perception> the left one 3 then 4 </perception> <think> so 3 + 4 = 7 </think>
-                             <answer> 7 </answer>
+    picture, "+ second fourth hint 7"
+    ->  <perception> here first 1 now looks second 3 third 8 so fourth 4 </perception>
+        <think> then second is 3 one fourth is 4 the 3 + 4 = 7 </think> <answer> 7 </answer>
 
 Pictures come from scikit-learn's digits. The hint is right more often than by chance in training and never at test, so
-a policy may earn reward by copying it, or by reading the picture. Everything is a batch of tensors.
+a policy may earn reward by copying it, or by reading the picture. Fillers are drawn from synonyms: most of the entropy
+of a response lies in words that do not matter, and two of its four digits do not either. Everything is a batch of
+tensors.
 """
 
 from functools import cache
@@ -18,15 +21,17 @@ from srpo import Role, role_ids_from_completions
 
 TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
 OPERATIONS = ("+", "-", "max")  # + and - modulo 10
-FILLERS = ("the", "left", "one", "then", "here", "so", "now", "looks")
-WORDS = ("<pad>", "<eos>", *TAGS, *map(str, range(10)), *OPERATIONS, "=", "hint", *FILLERS)
+PLACES = ("first", "second", "third", "fourth")
+FILLERS = ("the", "a", "one", "then", "here", "so", "now", "looks")
+WORDS = ("<pad>", "<eos>", *TAGS, *map(str, range(10)), *OPERATIONS, *PLACES, "is", "=", "hint", *FILLERS)
 ID = {word: index for index, word in enumerate(WORDS)}
-PAD, EOS, ZERO, PLUS = ID["<pad>"], ID["<eos>"], ID["0"], ID["+"]
+PAD, EOS, ZERO, PLUS, PLACE = ID["<pad>"], ID["<eos>"], ID["0"], ID["+"], ID["first"]
 
 SIDE = 8  # pixels of a digit
+DIGITS = len(PLACES)  # of a picture
 HELD_OUT = 400  # pictures for tests, the same for every seed; the others are for warm start and rollouts
-LENGTH = 24  # completion tokens at most; the longest demonstration has 23
-MOST_FILLERS = (3, 3, 2)  # before the left digit, the right digit, and in the reasoning
+MOST_FILLERS = 2  # before each digit of the perception, and before each step of the reasoning
+LENGTH = 42  # completion tokens at most; the longest demonstration has 41
 DIGIT_NOISE, HINT_COPIES = 0.15, 0.15  # of demonstrations
 
 
@@ -39,30 +44,37 @@ class Digits(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """A batch of prompts: pictures `[N, 1, 8, 16]` normalised to [-1, 1], and what is asked, each `[N]`."""
+    """A batch of prompts: pictures `[N, 1, 8, 32]` normalised to [-1, 1], and what is asked.
+
+    `digits` `[N, 4]` are the labels, `asked` `[N, 2]` the two places that count; `operation` and `hint` are `[N]`.
+    """
 
     pixels: Tensor
-    left: Tensor
-    right: Tensor
+    digits: Tensor
+    asked: Tensor
     operation: Tensor
     hint: Tensor
 
     @property
     def answer(self) -> Tensor:
-        return apply(self.operation, self.left, self.right)
+        return apply(self.operation, *self.digits.gather(1, self.asked).unbind(1))
 
     @property
     def prompt_ids(self) -> Tensor:
-        return torch.stack([PLUS + self.operation, torch.full_like(self.hint, ID["hint"]), ZERO + self.hint], 1)
+        words = (PLUS + self.operation, *(PLACE + self.asked).unbind(1), torch.full_like(self.hint, ID["hint"]))
+        return torch.stack([*words, ZERO + self.hint], 1)
 
     def rows(self, index: Tensor | slice) -> "Problems":
         return Problems(*(x[index] for x in self))
 
 
+PROMPT = 5  # tokens of a prompt
+
+
 class Reading(NamedTuple):
     """What completions say: roles `[N, T]`, well-formed `[N]`, the answer `[N]` (-1: none), and labels per token.
 
-    `stated` `[N, 2]` are the columns of the two digits of the perception (-1: not exactly two).
+    `stated` `[N, 4]` are the columns in which the perception says the digit of each place (-1: not exactly one).
     """
 
     role_ids: Tensor
@@ -103,13 +115,13 @@ def apply(operation: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def draw(n: int, generator: torch.Generator, *, held_out: bool, p_hint: float) -> Problems:
     """Draw problems whose hint is right with probability `p_hint` and uniform otherwise."""
     source = digits(held_out)
-    pick = torch.randint(len(source.labels), (2, n), generator=generator)
-    left, right = source.labels[pick]
+    pick = torch.randint(len(source.labels), (n, DIGITS), generator=generator)
     operation = torch.randint(len(OPERATIONS), (n,), generator=generator)
+    asked = torch.rand(n, DIGITS, generator=generator).argsort(1)[:, :2]
     told = torch.rand(n, generator=generator) < p_hint
-    hint = torch.where(told, apply(operation, left, right), torch.randint(10, (n,), generator=generator))
-    pixels = torch.cat(source.pixels[pick].unbind(), dim=-1)[:, None] * 2 - 1
-    return Problems(pixels, left, right, operation, hint)
+    pixels = torch.cat(source.pixels[pick].unbind(1), dim=-1)[:, None] * 2 - 1
+    drawn = Problems(pixels, source.labels[pick], asked, operation, torch.randint(10, (n,), generator=generator))
+    return drawn._replace(hint=torch.where(told, drawn.answer, drawn.hint))
 
 
 def demonstrations(problems: Problems, generator: torch.Generator) -> Tensor:
@@ -117,12 +129,12 @@ def demonstrations(problems: Problems, generator: torch.Generator) -> Tensor:
 
     What is computed follows from the digits that are stated, right or wrong, or is the hint.
     """
-    n = len(problems.left)
-    wrong = torch.rand(2, n, generator=generator) < DIGIT_NOISE
-    random = torch.randint(10, (2, n), generator=generator)
-    left, right = torch.where(wrong, random, torch.stack([problems.left, problems.right]))
+    n = len(problems.hint)
+    wrong = torch.rand(n, DIGITS, generator=generator) < DIGIT_NOISE
+    stated = torch.where(wrong, torch.randint(10, (n, DIGITS), generator=generator), problems.digits)
+    used = stated.gather(1, problems.asked)
     copies = torch.rand(n, generator=generator) < HINT_COPIES
-    result = torch.where(copies, problems.hint, apply(problems.operation, left, right))
+    result = torch.where(copies, problems.hint, apply(problems.operation, *used.unbind(1)))
 
     columns: list[Tensor] = []
     kept: list[Tensor] = []
@@ -132,19 +144,22 @@ def demonstrations(problems: Problems, generator: torch.Generator) -> Tensor:
             columns.append(torch.full((n,), ID[token]) if isinstance(token, str) else token)
             kept.append(torch.ones(n, dtype=torch.bool))
 
-    def write_fillers(most: int) -> None:
-        count = torch.randint(most + 1, (n,), generator=generator)
-        for i in range(most):
+    def write_fillers() -> None:
+        count = torch.randint(MOST_FILLERS + 1, (n,), generator=generator)
+        for i in range(MOST_FILLERS):
             columns.append(ID[FILLERS[0]] + torch.randint(len(FILLERS), (n,), generator=generator))
             kept.append(i < count)
 
     write("<perception>")
-    write_fillers(MOST_FILLERS[0])
-    write(ZERO + left)
-    write_fillers(MOST_FILLERS[1])
-    write(ZERO + right, "</perception>", "<think>")
-    write_fillers(MOST_FILLERS[2])
-    write(ZERO + left, PLUS + problems.operation, ZERO + right, "=", ZERO + result)
+    for place, digit in zip(PLACES, stated.unbind(1), strict=True):
+        write_fillers()
+        write(place, ZERO + digit)
+    write("</perception>", "<think>")
+    for place, digit in zip(problems.asked.unbind(1), used.unbind(1), strict=True):
+        write_fillers()
+        write(PLACE + place, "is", ZERO + digit)
+    write_fillers()
+    write(ZERO + used[:, 0], PLUS + problems.operation, ZERO + used[:, 1], "=", ZERO + result)
     write("</think>", "<answer>", ZERO + result, "</answer>", "<eos>")
     written, keep = torch.stack(columns, 1), torch.stack(kept, 1)
     order = (~keep).long().argsort(dim=1, stable=True)
@@ -161,13 +176,21 @@ def sums(n: int, generator: torch.Generator) -> Tensor:
     return torch.stack([think, ZERO + left, PLUS + operation, ZERO + right, equals, result], 1)
 
 
+def lookups(n: int, generator: torch.Generator) -> Tensor:
+    """Write `first 1 second 3 third 8 fourth 4 third is 8` `[n, 11]` for random digits."""
+    stated = torch.randint(10, (n, DIGITS), generator=generator)
+    asked = torch.randint(DIGITS, (n, 1), generator=generator)
+    seen = torch.stack([(PLACE + torch.arange(DIGITS)).expand(n, -1), ZERO + stated], 2).flatten(1)
+    return torch.cat([seen, PLACE + asked, torch.full((n, 1), ID["is"]), ZERO + stated.gather(1, asked)], 1)
+
+
 def read(ids: Tensor, mask: Tensor) -> Reading:
     """Parse completions `[N, T]`."""
     parse = role_ids_from_completions(ids, TOKENIZER, completion_mask=mask)
     columns = torch.arange(ids.shape[1])
-    seen = is_digit(ids) & (parse.role_ids == Role.PERCEPTION)
-    stated = torch.stack([(seen & (seen.cumsum(1) == k)).long().argmax(1) for k in (1, 2)], 1)
-    stated = torch.where((seen.sum(1) == 2)[:, None], stated, -1)
+    after_place = torch.nn.functional.pad(ids - PLACE, (1, 0), value=-1)[:, :-1, None] == torch.arange(DIGITS)
+    seen = after_place & (is_digit(ids) & (parse.role_ids == Role.PERCEPTION))[..., None]
+    stated = torch.where(seen.sum(1) == 1, seen.long().argmax(1), -1)
     opened = ((ids == ID["<answer>"]) & mask).long()
     after = (opened.argmax(1) + 1).clamp(max=ids.shape[1] - 1)[:, None]
     token = ids.gather(1, after).squeeze(1)

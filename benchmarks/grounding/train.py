@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from grounding import task
-from grounding.gradient import contrast
 from grounding.model import LAYOUT, PrefixVLM
 from grounding.rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, roll_out, score
+from grounding.variants import contrast
 from srpo import METHODS, Blank, Role, ShuffleImages
 
 LEARNING_RATE = 2e-4
@@ -42,20 +42,18 @@ class Run(NamedTuple):
     histograms: dict[str, list[int]]
 
 
-def trained(model: PrefixVLM, method: str, seed: int, steps: int, p_hint: float = HINT) -> PrefixVLM:
+def trained(model: PrefixVLM, method: str, seed: int, steps: range) -> PrefixVLM:
     """Update a model in place by a method."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    for step in range(steps):
-        update(model, optimizer, method, seed, step, p_hint)
+    for step in steps:
+        update(model, optimizer, method, seed, step)
     return model
 
 
-def update(
-    model: PrefixVLM, optimizer: torch.optim.Optimizer, method: str, seed: int, step: int, p_hint: float
-) -> float:
+def update(model: PrefixVLM, optimizer: torch.optim.Optimizer, method: str, seed: int, step: int) -> float:
     """Do one update on new problems, which depend on seed and step alone; return the mean reward."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-    problems = task.draw(PROMPTS, generator, held_out=False, p_hint=p_hint)
+    problems = task.draw(PROMPTS, generator, held_out=False, p_hint=HINT)
     rollouts = roll_out(model, problems, ROLLOUTS, generator)
     signals = score(model, rollouts, generator, METHODS[method].needs) | {"step": step}
     weights = METHODS[method](**signals)
@@ -76,7 +74,7 @@ def run(model: PrefixVLM, method: str, seed: int, steps: int, last: int = LAST_T
             tested.append(step)
             curve.append(test(model, seed, last if step == steps else TEST_PROBLEMS))
         if step < steps:
-            rewards.append(update(model, optimizer, method, seed, step, HINT))
+            rewards.append(update(model, optimizer, method, seed, step))
     statistics, histograms = weight_statistics(model, method, seed)
     return Run(method, seed, tested, curve, rewards, statistics, histograms)
 

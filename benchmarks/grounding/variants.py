@@ -1,0 +1,263 @@
+"""What is compared: the library's methods, settings of srpo one question at a time, and controls with known outcomes.
+
+`QUESTIONS` names them; `all_weights` computes the weights of each on a batch. Settings are asked of the default, whose
+weights follow evidence alone, and of srpo_signed, whose weights follow it with the sign of the advantage.
+"""
+
+import difflib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grounding.model import PrefixVLM
+from grounding.rollouts import CORRUPTION, Rollouts, streams_of
+from srpo import (
+    METHODS,
+    PRESETS,
+    Blank,
+    ConfigWarning,
+    CreditConfig,
+    PatchMask,
+    Role,
+    perception_tokens,
+    role_contrast,
+    token_weights,
+)
+
+Signals = dict[str, Any]
+WIDE = {"weight_min": 0.5, "weight_max": 2.0}
+DEAD_ZONE = 0.5  # nats around the baseline in which a weight stays 1
+ROOM = "oracle: wrong digits"  # the ceiling
+CONTROLS = ("negated contrast", "oracle: fillers", ROOM)
+DIRECTIONS = {"srpo": "evidence", "srpo_signed": "signed"}
+CORRUPTIONS = {"PatchMask(0.3)": PatchMask(0.3), "PatchMask(0.9)": PatchMask(0.9), "Blank()": Blank()}
+PER_ROLLOUT = "a corruption per rollout"
+BY_DIVERGENCE, SWAPPED = {"perception": "kl"}, {"reasoning": "sibling"}
+SIBLING: dict[str, dict[str, Any]] = {
+    "sibling": {}, "sibling, full KL": BY_DIVERGENCE, "sibling, swapped perception": SWAPPED,
+}  # fmt: skip
+SIBLING_WIDE: dict[str, dict[str, Any]] = {f"{name}, [0.5, 2]": x | WIDE for name, x in SIBLING.items()}
+# the library has a name for some of them
+NAMED = {
+    "evidence, [0.5, 2]": "srpo_wide", "evidence, image independence": "srpo_one_pass", "evidence, k3": "srpo_kl",
+}  # fmt: skip
+
+
+class Question(NamedTuple):
+    """What a user asks, what the answer is today, and the other answers."""
+
+    text: str
+    default: str
+    options: tuple[str, ...]
+
+
+def _asked() -> tuple[Question, ...]:
+    """List the questions."""
+    found = [
+        Question("evidence or advantage direction?", "srpo", ("srpo_signed",)),
+        Question("another method than GRPO?", "grpo", tuple(name for name in METHODS if not name.startswith("grpo"))),
+    ]
+    for preset, word in DIRECTIONS.items():
+        own = [
+            ("which bounds?", ("[0.5, 2]", "dead zone")),
+            ("which reasoning signal?", ("image independence",)),
+            ("which contrast?", ("abs", "k3", "full KL")),
+            ("a corruption per prompt or rollout?", (PER_ROLLOUT,)),
+            ("how much corruption?", tuple(CORRUPTIONS)),
+        ]
+        for text, options in own:
+            names = (f"{word}, {option}" for option in options)
+            found.append(Question(f"{text} ({word})", preset, tuple(NAMED.get(name, name) for name in names)))
+    found += [
+        Question("blame by a right sibling?", "srpo", tuple(SIBLING)),
+        Question("blame by a right sibling? (signed)", "srpo_signed", tuple(SIBLING)),
+        Question("blame by a right sibling? (signed, [0.5, 2])", "signed, [0.5, 2]", tuple(SIBLING_WIDE)),
+    ]
+    return tuple(found)
+
+
+QUESTIONS = _asked()
+VARIANTS = tuple(dict.fromkeys(name for q in QUESTIONS for name in (q.default, *q.options) if name not in METHODS))
+NAMES = (*METHODS, *VARIANTS, *CONTROLS)
+
+
+def more_streams(model: PrefixVLM, rollouts: Rollouts, generator: torch.Generator) -> Signals:
+    """Score what the variants read beside the signals of the library's methods."""
+    found: Signals = {}
+    for name, corruption in CORRUPTIONS.items():
+        found[name] = streams_of(model, rollouts, streams=("corrupted",), corruption=corruption).corrupted_logps
+    drawn = streams_of(model, rollouts, streams=("corrupted",), corruption=CORRUPTION, generator=generator)
+    found[PER_ROLLOUT] = drawn.corrupted_logps
+    divergences = streams_of(model, rollouts, credit=CreditConfig(contrast_kind="kl"))
+    found |= {"corrupted_kl": divergences.corrupted_kl, "ablated_kl": divergences.ablated_kl}
+    sibling = right_sibling(rollouts)
+    ids, mask = perception_tokens(rollouts.ids, rollouts.reading.role_ids, rollouts.mask)
+    swapped = {"other_perception_ids": ids[sibling], "other_perception_mask": mask[sibling]}
+    found["sibling"] = streams_of(model, rollouts, streams=("ablated",), **swapped).ablated_logps
+    found["contradicted"] = contradicted(rollouts, sibling)
+    return found
+
+
+def right_sibling(rollouts: Rollouts) -> Tensor:
+    """Return `[N]` the next rollout of the same prompt whose answer is right; the own one where there is none."""
+    n, here = len(rollouts.ids), torch.arange(len(rollouts.ids))
+    same = rollouts.group_ids[:, None] == rollouts.group_ids
+    usable = same & (rollouts.rewards > 0) & (here != here[:, None])
+    distance = torch.where(usable, (here - here[:, None]) % n, n)
+    return torch.where(usable.any(1), distance.argmin(1), here)
+
+
+def contradicted(rollouts: Rollouts, sibling: Tensor) -> Tensor:
+    """Mark `[N, T]` the perception tokens of failing rollouts that the perception of the right sibling has not."""
+    seen = (rollouts.reading.role_ids == Role.PERCEPTION) & rollouts.mask
+    marked = torch.zeros_like(seen)
+    for i in (rollouts.advantages < 0).nonzero()[:, 0].tolist():
+        j = int(sibling[i])
+        columns = seen[i].nonzero()[:, 0]
+        own, other = rollouts.ids[i, columns].tolist(), rollouts.ids[j, seen[j]].tolist()
+        marked[i, columns] = True
+        for first, _, length in difflib.SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks():
+            marked[i, columns[first : first + length]] = False
+    return marked
+
+
+def all_weights(rollouts: Rollouts, signals: Signals, more: Signals) -> dict[str, Tensor]:
+    """Return the weights `[B, T]` of everything in `NAMES`.
+
+    Args:
+        signals: of `rollouts.score`.
+        more: of `more_streams`.
+    """
+    weights = {name: method(**signals) for name, method in METHODS.items()}
+    for preset, word in DIRECTIONS.items():
+        for name, found in _variants(preset, signals, more).items():
+            weights[f"{word}, {name}"] = found
+    for name, settings in (SIBLING | SIBLING_WIDE).items():
+        weights[name] = sibling_weights(signals, more, **settings)
+    opposite, signed = -contrast("srpo_signed", signals), PRESETS["srpo_signed"]
+    negated = _weigh(opposite, signals, signed)
+    controls = (negated, emphasis(rollouts, rollouts.fillers), blame(rollouts, signals))
+    found = weights | dict(zip(CONTROLS, controls, strict=True))
+    return {name: found[name] for name in NAMES}
+
+
+def _variants(preset: str, signals: Signals, more: Signals) -> dict[str, Tensor]:
+    """Change one setting of a preset at a time."""
+
+    def changed(change: Callable[[Tensor], Tensor] | None = None, streams: Signals | None = None, **x: Any) -> Tensor:
+        credit = _credit(preset, **x)
+        found = _contrast(credit, signals | (streams or {}))
+        return _weigh(found if change is None else change(found), signals, credit)
+
+    credited = (signals["role_ids"] != Role.OTHER) & signals["completion_mask"]
+    kl = {"corrupted_kl": more["corrupted_kl"], "ablated_kl": more["ablated_kl"]}
+    return {
+        "[0.5, 2]": changed(**WIDE),
+        "dead zone": changed(lambda c: _with_dead_zone(c, credited)),
+        "image independence": changed(reasoning_signal="image_independence"),
+        "abs": changed(contrast_kind="abs"),
+        "k3": changed(contrast_kind="k3"),
+        "full KL": changed(contrast_kind="kl", streams={"corrupted_logps": None, "ablated_logps": None, **kl}),
+        **{name: changed(streams={"corrupted_logps": more[name]}) for name in (PER_ROLLOUT, *CORRUPTIONS)},
+    }
+
+
+def _credit(preset: str, **changes: Any) -> CreditConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)  # of wide bounds with signs, which are asked about here
+        return CreditConfig(**{**vars(PRESETS[preset]), **changes})
+
+
+def sibling_weights(
+    signals: Signals, more: Signals, *, perception: str = "logratio", reasoning: str = "signed", **bounds: float
+) -> Tensor:
+    """Blame what a right sibling contradicts, in failing rollouts; others are weighted by evidence.
+
+    Args:
+        perception: `"logratio"` or `"kl"`, the evidence by which a perception token is to blame where the sibling's
+            perception has it not, and spared where it has it.
+        reasoning: `"sibling"`, a token is to blame by how much likelier the own perception made it than that of the
+            sibling; `"signed"` spares tokens by how much they rest on the own perception.
+        bounds: of weights.
+    """
+    credit = _credit("srpo", **bounds)
+    found = contrast("srpo", signals)
+    evidence = more["corrupted_kl"].nan_to_num(0.0) if perception == "kl" else found
+    seen = torch.where(more["contradicted"], evidence, -evidence)
+    derived = (signals["logps"] - more["sibling"]).nan_to_num(0.0) if reasoning == "sibling" else -found
+    blamed = torch.where(signals["role_ids"] == Role.REASONING, derived, seen)
+    return _weigh(torch.where(signals["advantages"][:, None] < 0, blamed, found), signals, credit)
+
+
+def contrast(preset: str, signals: Signals) -> Tensor:
+    """Return the contrasts that a preset reads; 0 where a response has nothing to be contrasted with."""
+    return _contrast(PRESETS[preset], signals)
+
+
+def _contrast(credit: CreditConfig, signals: Signals) -> Tensor:
+    names = ("corrupted_logps", "ablated_logps", "corrupted_kl", "ablated_kl", "role_ids", "completion_mask")
+    return role_contrast(signals["logps"], **{name: signals.get(name) for name in names}, credit=credit).nan_to_num(0.0)
+
+
+def _weigh(found: Tensor, signals: Signals, credit: CreditConfig) -> Tensor:
+    roles, mask = signals["role_ids"], signals["completion_mask"]
+    return token_weights(found, roles, mask, advantages=signals["advantages"], credit=credit)
+
+
+def _with_dead_zone(found: Tensor, credited: Tensor) -> Tensor:
+    """Move contrasts toward the mean of their trajectory by the width of the dead zone."""
+    n = credited.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(credited, found, 0.0).sum(1, keepdim=True) / n
+    return mean + torch.nn.functional.softshrink(found - mean, DEAD_ZONE)
+
+
+def blame(rollouts: Rollouts, signals: Signals) -> Tensor:
+    """Put the blame for a wrong answer on the digits that are wrong; other responses keep weight 1."""
+    wrong = torch.zeros_like(rollouts.mask)
+    wrong.scatter_(1, rollouts.reading.stated.clamp(min=0), rollouts.digit_is_wrong)
+    blamed = wrong.any(1) & (signals["advantages"] < 0)
+    return torch.where(blamed[:, None], emphasis(rollouts, wrong), rollouts.mask.float())
+
+
+def emphasis(rollouts: Rollouts, up: Tensor) -> Tensor:
+    """Return weight 2 on some tokens of both roles and 0.5 on the others, with mean 1 in each response."""
+    credited = rollouts.reading.role_ids != Role.OTHER
+    raw = torch.where(up, 2.0, 0.5)
+    mean = torch.where(credited, raw, 0.0).sum(1, keepdim=True) / credited.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(credited, raw / mean, 1.0) * rollouts.mask
+
+
+def agreement(name: str, weights: Tensor, signals: Signals) -> float:
+    """Return the correlation, within responses, of the weights of a method with what they should follow.
+
+    It has the sign that the method promises: negated weights give a negative number. NaN where weights follow nothing.
+    """
+    followed = _followed(name, signals)
+    if followed is None:
+        return float("nan")
+    counts = signals["completion_mask"] & (signals["advantages"] != 0)[:, None]
+    if name in PRESETS:
+        counts = counts & (signals["role_ids"] != Role.OTHER)
+    n = counts.sum(1, keepdim=True).clamp(min=1)
+    x, y = (
+        torch.where(counts, v - torch.where(counts, v, 0.0).sum(1, keepdim=True) / n, 0.0) for v in (followed, weights)
+    )
+    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=1e-12))
+
+
+def _followed(name: str, signals: Signals) -> Tensor | None:
+    """Return the signal that the weights of a method grow with."""
+    sign = signals["advantages"].sign()[:, None]
+    if name in PRESETS:
+        if PRESETS[name].strength == 0.0:
+            return None
+        return contrast(name, signals) * (sign if PRESETS[name].direction == "advantage" else 1.0)
+    if name == "rlsd":
+        return sign * (signals["teacher_logps"] - signals["logps"])
+    if name in ("vppo", "pgpo"):
+        d = signals["logps"] - signals["corrupted_logps"]
+        return (-d).exp() + d
+    return signals[{"vgpo": "similarity", "tor": "entropy"}[name]] if name in ("vgpo", "tor") else None
