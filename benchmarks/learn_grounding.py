@@ -1,7 +1,7 @@
 """Ask whether a method grounds: measure where its gradient points, with controls, on a task with a shortcut.
 
     python benchmarks/learn_grounding.py                     twenty policies a setting; goes on where it was stopped
-    python benchmarks/learn_grounding.py --quick             one policy, the controls alone: under a minute
+    python benchmarks/learn_grounding.py --quick             one policy, the controls alone: a minute or two
     python benchmarks/learn_grounding.py --seeds 4           ... at policies from four warm starts
     python benchmarks/learn_grounding.py --train --seeds 8   whole runs, paired over seeds
     python benchmarks/learn_grounding.py --spread --seeds 3  the luck of sampled tokens: log-ratio, k3, whole vocabulary

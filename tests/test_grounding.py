@@ -129,6 +129,9 @@ class TestModel:
         mask = torch.ones(1, models.PATCHES + ids.shape[1])
         whole = model(torch.cat([image, ids], 1), mask, pixel_values=problems.pixels).logits
         torch.testing.assert_close(whole, model.head(base))
+        mask[0, changed] = 0
+        base, said = (model(torch.cat([image, x], 1), mask, pixel_values=problems.pixels).logits for x in (ids, other))
+        assert torch.equal(base[:, changed + 1 :], said[:, changed + 1 :])
 
     def test_a_warm_start_is_kept_by_content(self, tmp_path):
         with mock.patch.object(keep, "FOLDER", tmp_path), mock.patch.object(models, "WARM_START_LR", 1e-3):

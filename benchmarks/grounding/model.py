@@ -84,7 +84,7 @@ class PrefixVLM(transformers.PreTrainedModel):
             use_cache: nothing is kept.
         """
         image = input_ids == self.config.image_token_id
-        x = self.read(input_ids.masked_fill(image, task.PAD))
+        x = self.read(input_ids.masked_fill(image, task.PAD), attention_mask != 0)
         if pixel_values is not None:
             x = x.masked_scatter(image[..., None], self.see(pixel_values))
         S = input_ids.shape[1]
@@ -118,9 +118,12 @@ class PrefixVLM(transformers.PreTrainedModel):
         """Cut pictures into patches and embed them."""
         return self.patch(functional.unfold(pixels, PATCH, stride=PATCH).mT)
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Embed words, each with the one before it, which spares the small model a layer to look words up by place."""
-        return self.words(ids) + self.before(self.words(functional.pad(ids[:, :-1], (1, 0), value=task.PAD)))
+    def read(self, ids: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Embed words, each with the visible one before it: it spares a layer where words are looked up by place."""
+        shown = torch.ones_like(ids, dtype=torch.bool) if visible is None else visible
+        last = torch.where(shown, torch.arange(1, ids.shape[1] + 1), 0).cummax(1).values  # 0: none yet
+        before = functional.pad(ids, (1, 0), value=task.PAD).gather(1, functional.pad(last[:, :-1], (1, 0)))
+        return self.words(ids) + self.before(self.words(before))
 
     @torch.no_grad()
     def sample(self, problems: task.Problems, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ def _plot_efficiency(path: pathlib.Path, found: dict[str, Any]) -> None:
 
     names = (*METHODS, *variants.CONTROLS)[::-1]
     figure, axes = pyplot.subplots(1, len(found["settings"]), figsize=(3.0 * len(found["settings"]) + 1, 4.4),
-                                   layout="constrained", sharey=True, squeeze=False)  # fmt: skip
+                                   layout="constrained", sharex=True, sharey=True, squeeze=False)  # fmt: skip
     for axis, setting in zip(axes[0], found["settings"], strict=True):
         own = answers.columns(found, setting)
         for y, name in enumerate(names):
@@ -181,7 +181,7 @@ def _plot_answers(path: pathlib.Path, found: dict[str, Any]) -> None:
     axis.set_xlabel("efficiency / that of today's setting; filled: no chance")
     axis.grid(alpha=0.3, axis="x")
     if answered:
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=len(found["settings"]))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -13,8 +13,8 @@ from grounding.variants import contrast
 from srpo import METHODS, Blank, Role, ShuffleImages
 
 LEARNING_RATE = 2e-4
-STEPS, EVERY = 200, 25
-TEST_PROBLEMS, LAST_TEST_PROBLEMS = 512, 4096
+STEPS, EVERY = 150, 25
+TEST_PROBLEMS, LAST_TEST_PROBLEMS = 512, 2048
 STATISTICS_PROMPTS = 32
 HINT = 0.5  # chance that a hint is right in training
 MEASURES = {
