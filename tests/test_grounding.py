@@ -322,6 +322,7 @@ class TestAnswers:
     def test_holm(self):
         assert answers.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
         assert answers.holm([]) == []
+        assert answers.holm([np.nan, 0.01, np.nan, 0.02]) == pytest.approx([1.0, 0.04, 1.0, 0.06])
 
     def test_advice(self):
         better, worse = {"srpo_signed": 1.3}, {"srpo_signed": 0.7}

@@ -43,7 +43,8 @@ def ratio(x: np.ndarray, y: np.ndarray) -> Ratio:
 
 
 def holm(ps: list[float]) -> list[float]:
-    """Correct p-values for that there are several."""
+    """Correct p-values for that there are several; one that is NaN says nothing and counts as 1."""
+    ps = [1.0 if np.isnan(p) else p for p in ps]
     largest, corrected = 0.0, dict.fromkeys(range(len(ps)), 1.0)
     for rank, i in enumerate(sorted(corrected, key=lambda i: ps[i])):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))

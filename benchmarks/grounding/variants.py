@@ -30,8 +30,7 @@ from srpo import (
 Signals = dict[str, Any]
 WIDE = {"weight_min": 0.5, "weight_max": 2.0}
 DEAD_ZONE = 0.5  # nats around the baseline in which a weight stays 1
-ROOM = "oracle: wrong digits"  # the ceiling
-CONTROLS = ("negated contrast", "oracle: fillers", ROOM)
+CONTROLS = ("negated contrast", "oracle: fillers", "oracle: wrong digits")  # the last is the ceiling
 DIRECTIONS = {"srpo": "evidence", "srpo_signed": "signed"}
 CORRUPTIONS = {"PatchMask(0.3)": PatchMask(0.3), "PatchMask(0.9)": PatchMask(0.9), "Blank()": Blank()}
 PER_ROLLOUT = "a corruption per rollout"
