@@ -50,7 +50,7 @@ SETTINGS = {
     "after 300 updates": Setting(0.5, 300, 32, 4, 16),
     "strong shortcut": Setting(0.8, 0, 32, 4, 16),
 }
-QUICK = {"start": Setting(0.5, 0, 16, 2, 8)}
+QUICK = {"start": Setting(0.5, 0, 12, 2, 8)}
 SEED_STRIDE = 10_000_000  # between the random streams of two seeds
 
 

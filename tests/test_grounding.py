@@ -17,6 +17,7 @@ from grounding import answers, checks, gradient, keep, report, rollouts, runs, s
 from grounding import model as models  # noqa: E402
 from grounding.workers import Workers  # noqa: E402
 from rich.progress import Progress  # noqa: E402
+from scipy import stats  # noqa: E402
 
 from srpo import METHODS, PRESETS, Role  # noqa: E402
 from srpo.methods.table import Method  # noqa: E402
@@ -215,10 +216,10 @@ class TestGradient:
         credited = sampled.reading.role_ids != Role.OTHER
         fillers = weights["oracle: fillers"]
         assert fillers[sampled.fillers].min() > fillers[credited & ~sampled.fillers].max()
-        blamed = weights["oracle: wrong digits"]
         wrong = train.cells(sampled, signals)["wrong digits, A < 0"]
-        assert blamed[wrong].min() > 1.0
-        assert (blamed[signals["advantages"] >= 0] == sampled.mask[signals["advantages"] >= 0]).all()
+        assert weights["oracle: wrong digits"][wrong].min() > 1.0
+        for name in ("oracle: wrong digits", "oracle: first error"):
+            assert (weights[name][signals["advantages"] >= 0] == sampled.mask[signals["advantages"] >= 0]).all()
         some = credited.any(1)
         means = (fillers * credited).sum(1)[some] / credited.sum(1)[some]
         torch.testing.assert_close(means, torch.ones_like(means))
@@ -241,6 +242,28 @@ class TestGradient:
         np.testing.assert_array_equal(twice[0].efficiency, twice[1].efficiency)
         np.testing.assert_array_equal(twice[0].agreement, twice[1].agreement)
         assert not np.array_equal(twice[0].efficiency, other.efficiency)
+
+    def test_the_first_error(self):
+        """The asked digits are 3 and 4, and their sum 7; the digits that are not asked do not count."""
+        seen = "<perception> first 1 second {} third 8 fourth {} </perception>"
+        texts = [seen + " <think> second is {} fourth is {} {} + {} = {} </think>"] * 5
+        said = [
+            (3, 4, 3, 4, 3, 4, 7),
+            (3, 5, 3, 5, 3, 5, 8),
+            (2, 4, 2, 4, 2, 4, 7),
+            (3, 4, 1, 5, 1, 5, 6),
+            (3, 4, 3, 4, 3, 4, 9),
+        ]
+        ids = torch.tensor([[task.ID[w] for w in text.format(*x).split()] for text, x in zip(texts, said, strict=True)])
+        digits, asked = torch.tensor([[0, 3, 0, 4]] * 5), torch.tensor([[1, 3]] * 5)
+        ones = torch.zeros(5, dtype=torch.long)
+        problems = task.Problems(torch.zeros(5, 1, 8, 32), digits, asked, ones, ones)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        sampled = rollouts.Rollouts(problems, ids, mask, task.read(ids, mask), ones.float(), ones)
+        found = variants.first_error(sampled)
+        assert [task.WORDS[i] for i in ids[found].tolist()] == ["5", "2", "1", "5", "9"]
+        assert found.sum(1).tolist() == [0, 1, 1, 2, 1]
+        assert [found[i].nonzero()[0].item() for i in range(1, 5)] == [8, 4, 13, 21]
 
 
 class TestSiblings:
@@ -306,6 +329,8 @@ class TestAnswers:
         assert ratio[:3] == pytest.approx((1.3, 1.3, 1.3))
         assert ratio.p < 0.01
         assert answers.ratio(base, base).p == 1.0
+        x = base + rng.normal(size=10)
+        assert answers.ratio(x, base).p == pytest.approx(stats.ttest_rel(x, base).pvalue)
         assert all(np.isnan(answers.ratio(base, -base)))
         assert np.isnan(answers.ratio(base[:1], base[:1]).low)
 
@@ -318,6 +343,17 @@ class TestAnswers:
             ratio = answers.ratio(x, y)
             held += ratio.low < 1.2 < ratio.high
         assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+    def test_gaps(self):
+        """Where nothing varies, the sign is all that is left."""
+        assert answers.gap(np.zeros(4)) == (0.0, 0.0, 0.0, 1.0)
+        assert answers.gap(np.full(4, -2.0)) == (-2.0, 0.0, -np.inf, 0.0)
+        x = np.random.default_rng(2).normal(0.1, 1.0, size=9)
+        found, expected = answers.gap(x), stats.ttest_1samp(x, 0.0)
+        assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+        low, high = expected.confidence_interval()
+        assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+        assert all(np.isnan(answers.gap(x[:1])[1:]))
 
     def test_holm(self):
         assert answers.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
@@ -351,6 +387,23 @@ class TestAnswers:
         asked = {a.question.text: a for a in answers.answered(found)}["another method than GRPO?"]
         assert asked.option == "vppo"
         assert asked.seen == {"start": answers.EQUAL}
+
+    def test_a_setting_where_all_is_noise_chooses_little(self):
+        found = self.found({"start": {"vppo": 1.1}, "noisy": {"papo": 9.0}})
+        rng = np.random.default_rng(3)
+        for row in found["rows"]:
+            if row[0] == "noisy":
+                row[3] += rng.normal(scale=30.0) if row[2] == "papo" else 0.0
+        asked = {a.question.text: a for a in answers.answered(found)}["another method than GRPO?"]
+        assert asked.option == "vppo"
+
+    def test_an_option_that_is_nan_somewhere_is_not_chosen_for_it(self):
+        found = self.found({"start": {"vppo": 1.1}, "later": {}})
+        for row in found["rows"]:
+            if row[0] == "later" and row[2] == "srpo":
+                row[3] = float("nan")
+        asked = {a.question.text: a for a in answers.answered(found)}["another method than GRPO?"]
+        assert asked.option == "vppo"
 
 
 class TestSpread:
@@ -387,7 +440,8 @@ class TestSpread:
 
 class TestChecks:
     def judge(self, changed: dict[str, float], agreement: float = 0.5, updated: bool = False) -> list[str]:
-        values = {"srpo_signed": 1.1, "negated contrast": 0.7, "oracle: fillers": 0.5, "oracle: wrong digits": 1.7}
+        values = {"srpo_signed": 1.1, "negated contrast": 0.7, "oracle: fillers": 0.5}
+        values |= {"oracle: wrong digits": 1.2, "oracle: first error": 1.7}
         rng = np.random.default_rng(0)
         columns = {name: (values | changed).get(name, 1.0) * (0.1 + 0.001 * rng.normal(size=20)) for name in NAMES}
         agreed = {name: agreement if name in PRESETS else np.nan for name in NAMES}
@@ -398,10 +452,11 @@ class TestChecks:
         assert self.judge({"negated contrast": 1.05}) == ["the negated contrast is worse than GRPO"]
         assert self.judge({"srpo_signed": 0.6}) == ["the negated contrast is worse than srpo_signed"]
         assert self.judge({"oracle: fillers": 0.97}) == ["fillers up are far worse than GRPO"]
-        room = "there is room: wrong digits blamed gain {} or more"
-        assert self.judge({"oracle: wrong digits": 1.5}) == [room.format(1.6)]
-        assert self.judge({"oracle: wrong digits": 1.5}, updated=True) == []
-        assert self.judge({"oracle: wrong digits": 1.3}, updated=True) == [room.format(1.4)]
+        assert self.judge({"oracle: wrong digits": 0.99}) == ["wrong digits blamed are better than GRPO"]
+        room = "there is room: the first error blamed gains {} or more"
+        assert self.judge({"oracle: first error": 1.5}) == [room.format(1.6)]
+        assert self.judge({"oracle: first error": 1.5}, updated=True) == []
+        assert self.judge({"oracle: first error": 1.3}, updated=True) == [room.format(1.4)]
         assert self.judge({}, agreement=-0.5) == ["weights follow what they should"]
         assert self.judge({"negated contrast": 1.2, "srpo_signed": 0.8}, updated=True) == []
         assert self.judge({"oracle: fillers": 0.97}, updated=True) == ["fillers up are far worse than GRPO"]

@@ -1,10 +1,12 @@
 """What the efficiencies of many policies say: ratios paired over policies, and answers to questions.
 
 Policies are what varies, so they are the unit; a run with one policy falls back on its batches. Half of the policies
-are for looking: they choose an option of each question. The other half tests that option alone, in every setting, with
-Holm's correction over all these tests.
+are for looking: they choose an option of each question, the one with the largest t in the mean over settings, so that a
+setting without room chooses little. The other half tests that option alone, in every setting, with Holm's correction
+over all these tests.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,27 @@ from scipy import stats
 from grounding.variants import QUESTIONS, Question
 
 LEVEL = 0.05
+LARGEST_T = 1e6  # in place of infinity, so that means over settings have a value
 BETTER, WORSE, EQUAL = "better", "worse", "no difference seen"
+
+
+class Gap(NamedTuple):
+    """The mean of paired differences, the half of its 95 % interval, t and p of no difference; NaN for one unit."""
+
+    mean: float
+    half: float
+    t: float
+    p: float
+
+
+def gap(differences: np.ndarray) -> Gap:
+    """Judge differences `[units]` by a t test; none at all is t = 0."""
+    n, mean = len(differences), float(differences.mean())
+    if n < 2:
+        return Gap(mean, *[float("nan")] * 3)
+    error = float(differences.std(ddof=1)) / n**0.5
+    t = 0.0 if mean == 0.0 else mean / error if error != 0.0 else math.copysign(math.inf, mean)
+    return Gap(mean, float(stats.t.ppf(0.975, n - 1)) * error, t, float(2 * stats.t.sf(abs(t), n - 1)))
 
 
 class Ratio(NamedTuple):
@@ -36,10 +58,8 @@ def ratio(x: np.ndarray, y: np.ndarray) -> Ratio:
     value = x.mean() / y.mean()
     if n < 2:
         return Ratio(float(value), *[float("nan")] * 3)
-    half = stats.t.ppf(0.975, n - 1) * (x - value * y).std(ddof=1) / np.sqrt(n) / y.mean()
-    gap, spread = (x - y).mean(), (x - y).std(ddof=1) / np.sqrt(n)
-    p = 2 * stats.t.sf(abs(gap) / spread, n - 1) if spread > 0 else 1.0
-    return Ratio(float(value), float(value - half), float(value + half), float(p))
+    half = gap(x - value * y).half / y.mean()
+    return Ratio(float(value), float(value - half), float(value + half), gap(x - y).p)
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -106,7 +126,7 @@ def answered(found: dict[str, Any]) -> list[Answer]:
         {setting: columns(found, setting, found[half]) for setting in found["settings"]}
         for half in ("looking", "confirming")
     )
-    chosen = [max(q.options, key=lambda option, q=q: _over_settings(looking, option, q.default)) for q in QUESTIONS]
+    chosen = [max(q.options, key=lambda option, q=q: _evidence(looking, option, q.default)) for q in QUESTIONS]
     ratios = [
         {setting: ratio(own[option], own[q.default]) for setting, own in confirming.items()}
         for q, option in zip(QUESTIONS, chosen, strict=True)
@@ -118,5 +138,7 @@ def answered(found: dict[str, Any]) -> list[Answer]:
     ]
 
 
-def _over_settings(own: dict[str, dict[str, np.ndarray]], option: str, default: str) -> float:
-    return float(np.mean([ratio(x[option], x[default]).value for x in own.values()]))
+def _evidence(own: dict[str, dict[str, np.ndarray]], option: str, default: str) -> float:
+    """Return the mean t over settings; one that is NaN says nothing and counts as 0."""
+    ts = [gap(x[option] - x[default]).t for x in own.values()]
+    return float(np.nan_to_num(ts, posinf=LARGEST_T, neginf=-LARGEST_T).mean())

@@ -4,7 +4,7 @@ A control is `ok` when its interval lies where it must, `WRONG` when it lies on 
 holds the border. Undecided breaks a run only at the start: a policy that has learned most of the task leaves little to
 measure. Controls that negate a contrast are judged right after a warm start alone: whether contrasts still point the
 right way after updates is a finding, not a fact to hold a run to. The oracles know the labels, and are judged always:
-where blame for the wrong digits gains little, the task has no room to tell methods apart.
+where blame for the first error gains little, the task has no room to tell methods apart.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def check(
 
     Returns: dicts with `setting`, `name`, `outcome` and `found`, a sentence.
     """
-    negated, fillers, wrong = (ratio(columns[name], columns[BASE]) for name in CONTROLS)
+    negated, fillers, wrong, first = (ratio(columns[name], columns[BASE]) for name in CONTROLS)
     against = ratio(columns[CONTROLS[0]], columns[SIGNED])
     of_contrasts = [
         ("the negated contrast is worse than GRPO", _below(negated, 1.0), negated),
@@ -43,7 +43,8 @@ def check(
     judged = [
         *(() if updated else of_contrasts),
         ("fillers up are far worse than GRPO", _below(fillers, FAR_WORSE), fillers),
-        (f"there is room: wrong digits blamed gain {room} or more", _above(wrong, room), wrong),
+        ("wrong digits blamed are better than GRPO", _above(wrong, 1.0), wrong),
+        (f"there is room: the first error blamed gains {room} or more", _above(first, room), first),
     ]
     astray = [f"{m} {r:+.2f}" for m, r in agreement.items() if r < LEAST_AGREEMENT]
     judged.append(("weights follow what they should", WRONG if astray else OK, ", ".join(astray) or "all do"))

@@ -4,9 +4,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
+from grounding.answers import gap
 from grounding.train import BINS, MEASURES
 
 BASE = "grpo"
@@ -28,16 +28,6 @@ def finals(found: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
 def methods(found: dict[str, Any]) -> list[str]:
     """Return the methods in their order."""
     return list(dict.fromkeys(run["method"] for run in found["runs"]))
-
-
-def compared(values: dict[str, dict[str, np.ndarray]], method: str, name: str) -> dict[str, float]:
-    """Compare a method with GRPO, paired over seeds; NaN where there are fewer than two."""
-    gap = values[method][name] - values[BASE][name]
-    n = len(gap)
-    sd = float(gap.std(ddof=1)) if n > 1 else float("nan")
-    t = float(gap.mean() / (sd / np.sqrt(n))) if sd > 0 else float("nan")
-    half = float(stats.t.ppf(0.975, n - 1) * sd / np.sqrt(n)) if n > 1 else float("nan")
-    return {"mean": float(gap.mean()), "half": half, "t": t, "p": float(2 * stats.t.sf(abs(t), n - 1))}
 
 
 def collapsed(found: dict[str, Any], method: str) -> int:
@@ -72,13 +62,13 @@ def sentences(found: dict[str, Any]) -> list[str]:
         if method == BASE:
             lines.append(f"{method}: {fate}.")
             continue
-        c = compared(values, method, "accuracy")
-        if np.isnan(c["p"]):
-            lines.append(f"{method}: accuracy {c['mean']:+.3f} against GRPO on one seed, which says nothing; {fate}.")
+        c = gap(values[method]["accuracy"] - values[BASE]["accuracy"])
+        if np.isnan(c.p):
+            lines.append(f"{method}: accuracy {c.mean:+.3f} against GRPO on one seed, which says nothing; {fate}.")
             continue
-        outcome = ("more" if c["mean"] > 0 else "less") if c["p"] < 0.05 else "no difference beyond noise"
-        gap = f"{c['mean']:+.3f} ± {c['half']:.3f} (95 %, paired t = {c['t']:.2f}, p = {c['p']:.2f}, {n} seeds)"
-        lines.append(f"{method}: held-out accuracy {gap} against GRPO: {outcome}; {fate}.")
+        outcome = ("more" if c.mean > 0 else "less") if c.p < 0.05 else "no difference beyond noise"
+        size = f"{c.mean:+.3f} ± {c.half:.3f} (95 %, paired t = {c.t:.2f}, p = {c.p:.2f}, {n} seeds)"
+        lines.append(f"{method}: held-out accuracy {size} against GRPO: {outcome}; {fate}.")
     return lines
 
 

@@ -12,8 +12,8 @@ from grounding.rollouts import PROMPTS, ROLLOUTS, Rollouts, loss, policy_logps, 
 from grounding.variants import contrast
 from srpo import METHODS, Blank, Role, ShuffleImages
 
-LEARNING_RATE = 2e-4
-STEPS, EVERY = 150, 25
+LEARNING_RATE = 2.5e-5  # slow enough that failures are left after 300 updates
+STEPS, EVERY = 300, 50
 TEST_PROBLEMS, LAST_TEST_PROBLEMS = 512, 2048
 STATISTICS_PROMPTS = 32
 HINT = 0.5  # chance that a hint is right in training

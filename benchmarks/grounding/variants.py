@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grounding import task
 from grounding.model import PrefixVLM
 from grounding.rollouts import CORRUPTION, Rollouts, streams_of
 from srpo import (
@@ -30,7 +31,7 @@ from srpo import (
 Signals = dict[str, Any]
 WIDE = {"weight_min": 0.5, "weight_max": 2.0}
 DEAD_ZONE = 0.5  # nats around the baseline in which a weight stays 1
-CONTROLS = ("negated contrast", "oracle: fillers", "oracle: wrong digits")  # the last is the ceiling
+CONTROLS = ("negated contrast", "oracle: fillers", "oracle: wrong digits", "oracle: first error")
 DIRECTIONS = {"srpo": "evidence", "srpo_signed": "signed"}
 CORRUPTIONS = {"PatchMask(0.3)": PatchMask(0.3), "PatchMask(0.9)": PatchMask(0.9), "Blank()": Blank()}
 PER_ROLLOUT = "a corruption per rollout"
@@ -138,7 +139,8 @@ def all_weights(rollouts: Rollouts, signals: Signals, more: Signals) -> dict[str
         weights[name] = sibling_weights(signals, more, **settings)
     opposite, signed = -contrast("srpo_signed", signals), PRESETS["srpo_signed"]
     negated = _weigh(opposite, signals, signed)
-    controls = (negated, emphasis(rollouts, rollouts.fillers), blame(rollouts, signals))
+    blames = (blame(rollouts, at_fault) for at_fault in (wrong_digits(rollouts), first_error(rollouts)))
+    controls = (negated, emphasis(rollouts, rollouts.fillers), *blames)
     found = weights | dict(zip(CONTROLS, controls, strict=True))
     return {name: found[name] for name in NAMES}
 
@@ -213,12 +215,38 @@ def _with_dead_zone(found: Tensor, credited: Tensor) -> Tensor:
     return mean + torch.nn.functional.softshrink(found - mean, DEAD_ZONE)
 
 
-def blame(rollouts: Rollouts, signals: Signals) -> Tensor:
-    """Put the blame for a wrong answer on the digits that are wrong; other responses keep weight 1."""
-    wrong = torch.zeros_like(rollouts.mask)
-    wrong.scatter_(1, rollouts.reading.stated.clamp(min=0), rollouts.digit_is_wrong)
-    blamed = wrong.any(1) & (signals["advantages"] < 0)
-    return torch.where(blamed[:, None], emphasis(rollouts, wrong), rollouts.mask.float())
+def blame(rollouts: Rollouts, at_fault: Tensor) -> Tensor:
+    """Put the blame of failing responses on some tokens `[N, T]`; responses without any keep weight 1."""
+    blamed = at_fault.any(1) & (rollouts.advantages < 0)
+    return torch.where(blamed[:, None], emphasis(rollouts, at_fault), rollouts.mask.float())
+
+
+def wrong_digits(rollouts: Rollouts) -> Tensor:
+    """Mark `[N, T]` the digits that the perception states wrong."""
+    return _marked(rollouts, rollouts.digit_is_wrong)
+
+
+def first_error(rollouts: Rollouts) -> Tensor:
+    """Mark `[N, T]` where a response first goes wrong: asked digits of the perception, their copies, or the result."""
+    problems, ids = rollouts.problems, rollouts.ids
+    asked = torch.zeros_like(rollouts.digit_is_wrong).scatter(1, problems.asked, True)
+    copies, results = (_follows(ids, word) & rollouts.mask for word in ("is", "="))
+    place = (copies.long().cumsum(1) - 1).clamp(0, 1)  # the first copy is of the first digit that was asked
+    truth = problems.digits.gather(1, problems.asked).gather(1, place)
+    first = results & (ids - task.ZERO != problems.answer[:, None])
+    for earlier in (copies & (ids - task.ZERO != truth), _marked(rollouts, rollouts.digit_is_wrong & asked)):
+        first = torch.where(earlier.any(1, keepdim=True), earlier, first)
+    return first
+
+
+def _marked(rollouts: Rollouts, digits: Tensor) -> Tensor:
+    """Mark `[N, T]` the tokens that state some of the digits `[N, 4]`."""
+    return torch.zeros_like(rollouts.mask).scatter(1, rollouts.reading.stated.clamp(min=0), digits)
+
+
+def _follows(ids: Tensor, word: str) -> Tensor:
+    """Mark `[N, T]` the tokens right after a word."""
+    return torch.nn.functional.pad(ids[:, :-1] == task.ID[word], (1, 0))
 
 
 def emphasis(rollouts: Rollouts, up: Tensor) -> Tensor:
