@@ -113,4 +113,5 @@ def _signals(scored: Scored) -> dict[str, Any]:
         "corrupted_logps": s.corrupted_logps, "ablated_logps": s.ablated_logps, "advantages": s.advantages,
         "entropy": -s.old_logps, "teacher_logps": s.ablated_logps, "similarity": s.old_logps.exp(),
         "group_ids": torch.arange(len(s.advantages), device=s.advantages.device) % 8, "step": 0,
+        "completion_ids": (-100 * s.old_logps).long(), "corrupted_kl": -s.corrupted_logps,
     }  # fmt: skip

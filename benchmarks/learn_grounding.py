@@ -1,7 +1,7 @@
 """Ask whether a method grounds: measure where its gradient points, with controls, on a task with a shortcut.
 
     python benchmarks/learn_grounding.py                     twenty policies a setting; goes on where it was stopped
-    python benchmarks/learn_grounding.py --quick             one policy, the controls alone: a minute or two
+    python benchmarks/learn_grounding.py --quick             one policy, for the controls: a minute
     python benchmarks/learn_grounding.py --seeds 4           ... at policies from four warm starts
     python benchmarks/learn_grounding.py --train --seeds 8   whole runs, paired over seeds
     python benchmarks/learn_grounding.py --spread --seeds 3  the luck of sampled tokens: log-ratio, k3, whole vocabulary
@@ -150,7 +150,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=train.STEPS, help="updates of --train")
     parser.add_argument("--test", type=int, default=train.LAST_TEST_PROBLEMS, help="held-out problems after --train")
-    parser.add_argument("--workers", type=int, default=min(len(os.sched_getaffinity(0)), 16), help="processes")
+    parser.add_argument(
+        "--workers", type=int, default=min(len(os.sched_getaffinity(0)), 16), help="processes, or threads of --quick"
+    )
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"default: {report.PATH.name}")
     parser.add_argument("--plot", action="store_true", help="draw the charts of the JSON file beside it")
     parser.add_argument("--readme", action="store_true", help="rewrite the guide's tables from the JSON file")
@@ -178,10 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
         report.GUIDE.write_text(report.with_section(report.GUIDE.read_text()))
         return 0
     where, began = environment(torch.device("cpu")), time.perf_counter()
+    count, threads = (1, options.workers) if options.quick else (options.workers, 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        Workers(options.workers, progress) as workers,
+        Workers(count, progress, threads) as workers,
     ):
         part = "runs" if options.train else "spread" if options.spread else "gradient"
         measured = {"runs": train_run, "spread": spread_run, "gradient": gradient_run}[part](workers, options)

@@ -107,8 +107,9 @@ def role_contrast(
     dtype = compute_dtype(logps, chosen)
     corrupted, ablated = (as_dtype(x, dtype) for x in streams)
     contrast, no_value = ops.role_contrast(logps.to(dtype), corrupted, ablated, roles, mask, layout, plain.rule, chosen)
-    _refuse_no_value(call, credit, no_value)
-    if call.validates and not bool(no_value.any()):
+    if credit.strict_finite:
+        _refuse_no_value(call, no_value)
+    if call.validates and not int(no_value.sum()):
         return contrast
     lost, kept = (_read_and(kind, plain, roles, mask, streams) for kind in (is_not_scored, is_no_evidence))
     return torch.where(lost, not_scored(contrast), torch.where(contrast.isnan() & ~kept, 0.0, contrast))
@@ -168,7 +169,7 @@ def token_weights(
     elif credit.direction == "advantage":
         fix = "pass the advantages, or use direction='evidence'"
         call.fail(ConfigError, "advantages", "None", "advantages because direction='advantage'", fix)
-    if call.validates and bool(contrast.detach().isnan().any()):
+    if call.validates and bool(contrast.detach().sum().isnan()):
         checks.scored(call, "contrast", contrast, mask & ((roles == 1) | (roles == 2)), "role_contrast reads")
     chosen = checks.backend_of(call, backend, contrast.dtype)
     if credit.strength == 0.0:
@@ -208,6 +209,8 @@ def token_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
     per_token = advantages[:, None] if advantages.dim() < weights.dim() else advantages
     # where: an advantage that is NaN on a masked token must not survive the multiplication by 0
     product = per_token.detach() * weights.detach()
+    if call.validates and bool(product.sum().isfinite()):
+        return product
     return torch.where(weights == 0, 0.0, product)
 
 
@@ -283,13 +286,14 @@ def run_credit(
     lost = zero if call.validates else _read_and(is_not_scored, credit, role_ids, mask, streams).sum()
     infinite = _read_and(torch.isinf, credit, role_ids, mask, streams).sum() if credit.reads_kl else zero
     result = Credit(found, weights, flags, baseline, lost, infinite)
-    _refuse_no_value(call, credit, (result.flags & NO_VALUE) != 0)
+    if credit.strict_finite:
+        _refuse_no_value(call, (result.flags & NO_VALUE) != 0)
     return result
 
 
-def _refuse_no_value(call: checks.Call, credit: CreditConfig, no_value: Tensor) -> None:
-    """Refuse contrasts without a value where the settings ask for it; a sync."""
-    n = int(no_value.sum()) if credit.strict_finite else 0
+def _refuse_no_value(call: checks.Call, no_value: Tensor) -> None:
+    """Refuse contrasts without a value; a sync."""
+    n = int(no_value.sum())
     if n:
         fix = "look at the log-probs of the streams, or set strict_finite=False to count them as 0"
         call.fail(NonFiniteError, "corrupted_logps or ablated_logps", f"{n} contrasts without a value", "none", fix)

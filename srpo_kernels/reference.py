@@ -152,31 +152,29 @@ def token_credit(
     inside = credited.view(torch.uint8).to(c.dtype)
     n = inside.sum(-1, keepdim=True).clamp(min=1)
     mean = c.sum(-1, keepdim=True) / n
-    u = c
-    if rule.baseline == "mean":
-        u = c - mean
-    elif rule.baseline != "none":
-        u = c - torch.where(perception, _masked_mean(c, perception), _masked_mean(c, reasoning))
-    u = u / rule.tau
+    around = 0.0 if rule.baseline == "none" else mean
+    if rule.baseline == "role_mean":
+        around = torch.where(perception, _masked_mean(c, perception), _masked_mean(c, reasoning))
+    u = (c - around).div_(rule.tau)  # in place from here: on a CPU new memory costs more than the arithmetic
     if rule.direction == "advantage":
         assert advantages is not None
-        u = torch.where(credited, u * advantages.sign(), 0.0)  # masked tokens may have any advantage
+        u = _kept(u.mul_(advantages.sign()), credited)  # masked tokens may have any advantage
     if rule.normalize == "solve":
-        u = u - _solve_shift(u, credited, rule.weight_min, rule.weight_max)
-    w = u.exp()
+        u.sub_(_solve_shift(u, credited, rule.weight_min, rule.weight_max))
+    w = u.exp_()
     low, high = credited & (w < rule.weight_min), credited & (w > rule.weight_max)
-    w = w.clamp(rule.weight_min, rule.weight_max)
+    w.clamp_(rule.weight_min, rule.weight_max)
     if rule.normalize == "mean":
-        w = w / ((w * inside).sum(-1, keepdim=True) / n)
+        w.div_((w * inside).sum(-1, keepdim=True) / n)
 
     lacking = ~_any(credited) if rule.missing_role != "uniform" else ~(_any(perception) & _any(reasoning))
-    weighted = credited & (~lacking & _differ(c, inside))
+    weighted = _of_rows(credited, ~lacking & _differ(c, inside))
     if rule.strength != 1.0:
-        w = 1.0 + rule.strength * (w - 1.0)
-    w = torch.where(weighted, w, mask.view(torch.uint8).to(w.dtype))
+        w.sub_(1.0).mul_(rule.strength).add_(1.0)
+    w = _kept(w, weighted).add_((mask & ~weighted).view(torch.uint8).to(w.dtype))
     flags = no_value.view(torch.uint8) * NO_VALUE
     for reached, flag in ((low, AT_LOWER_BOUND), (high, AT_UPPER_BOUND)):
-        flags = flags + (reached & weighted).view(torch.uint8) * flag
+        flags.add_((reached & weighted).view(torch.uint8), alpha=flag)
     return evidence, w, flags, mean.masked_fill(lacking, torch.nan).squeeze(-1)
 
 
@@ -211,7 +209,7 @@ def _evidence(
 
     Contrasts are 0 outside the credit set, `[R, T]` as all others, which are bool.
     """
-    perception, reasoning = mask & (role_ids == 1), mask & (role_ids == 2)
+    perception, reasoning = mask & _equal(role_ids, 1), mask & _equal(role_ids, 2)
     if contrast is not None:
         raw = contrast
     else:
@@ -222,14 +220,16 @@ def _evidence(
         against = corrupted if one_pass or ablated is None else torch.where(perception, corrupted, ablated)
         raw = against if rule.contrast_kind == "kl" else base - against  # of "kl" a stream holds its divergences
         raw = torch.where(reasoning, -raw, raw) if one_pass else raw
-    c = torch.where(perception | reasoning, raw, 0.0)
-    no_value = c.isnan()
-    c = c.nan_to_num(0.0, rule.contrast_clamp, -rule.contrast_clamp)
+    c = _kept(raw, perception | reasoning)
+    on_cpu = c.device.type == "cpu"  # elsewhere to look at values would be a sync
+    all_known = on_cpu and not bool(c.sum().isnan())
+    no_value = torch.zeros_like(mask) if all_known else c.isnan()
+    c.nan_to_num_(0.0, rule.contrast_clamp, -rule.contrast_clamp)
     if contrast is None:
-        c = _contrast_of(c.clamp(-rule.contrast_clamp, rule.contrast_clamp), rule.contrast_kind)
-    if no_value.device.type == "cpu" and not bool(no_value.any()):  # elsewhere to look would be a sync
+        c = _contrast_of(c.clamp_(-rule.contrast_clamp, rule.contrast_clamp), rule.contrast_kind)
+    if all_known:
         return c, c, no_value, perception, reasoning
-    perception, reasoning = (x & _any(x & ~no_value) for x in (perception, reasoning))
+    perception, reasoning = (_of_rows(x, _any(x & ~no_value)) for x in (perception, reasoning))
     return c.masked_fill(no_value & ~(perception | reasoning), torch.nan), c, no_value, perception, reasoning
 
 
@@ -237,6 +237,25 @@ def _contrast_of(d: Tensor, contrast_kind: str) -> Tensor:
     if contrast_kind == "abs":
         return d.abs()
     return k3(d).clamp(max=K3_MAX) if contrast_kind == "k3" else d
+
+
+def _kept(x: Tensor, where: Tensor) -> Tensor:
+    """Return `x` with 0 outside: as `torch.where`, by its bits, which is three times as fast on a CPU."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = where.view(torch.uint8).to(integers).neg_().bitwise_and_(x.view(integers))
+    return bits.view(x.dtype)
+
+
+def _equal(x: Tensor, value: int) -> Tensor:
+    """Return `x == value`; in the dtype of `x`, if that has one byte, a CPU is ten times as fast."""
+    if x.element_size() > 1:
+        return x == value
+    return torch.eq(x, value, out=torch.empty_like(x)).view(torch.bool)
+
+
+def _of_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return `x & rows` for bool `[R, T]` and `[R, 1]`; as numbers, which a CPU broadcasts ten times as fast."""
+    return (x.view(torch.uint8) * rows.view(torch.uint8)).view(torch.bool)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -249,12 +268,14 @@ def _differ(c: Tensor, inside: Tensor) -> Tensor:
     if not c.shape[1]:
         return c.new_zeros(c.shape[0], 1, dtype=torch.bool)
     high, low = c.amax(-1, keepdim=True), c.amin(-1, keepdim=True)
-    rest = c - torch.where(high > -low, high, low) * inside
+    rest = torch.addcmul(c, torch.where(high > -low, high, low), inside, value=-1.0)
     return (rest.amax(-1, keepdim=True) > 0) | (rest.amin(-1, keepdim=True) < 0)
 
 
 def _any(x: Tensor) -> Tensor:
-    return x.sum(-1, keepdim=True) > 0  # on a CPU four times as fast as `any`
+    if not x.shape[-1]:
+        return x.any(-1, keepdim=True)
+    return x.view(torch.uint8).amax(-1, keepdim=True) > 0  # on a CPU twenty times as fast as `any`
 
 
 def _solve_shift(u: Tensor, credited: Tensor, weight_min: float, weight_max: float) -> Tensor:

@@ -140,7 +140,9 @@ class TestModel:
             with mock.patch.object(models, "warm_start", side_effect=AssertionError):
                 again = models.warm_started(3, 0.5, steps=2)
             models.warm_started(3, 0.7, steps=2)
-        assert len(list(tmp_path.iterdir())) == 2
+            with mock.patch.object(torch, "get_num_threads", return_value=7):
+                models.warm_started(3, 0.5, steps=2)
+        assert len(list(tmp_path.iterdir())) == 3
         assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
 
 
@@ -278,19 +280,12 @@ class TestSiblings:
         assert any(others)
         assert all((j in others[i]) if others[i] else j == i for i, j in enumerate(found.tolist()))
 
-    def test_what_a_sibling_contradicts(self):
-        texts = [
-            "<perception> the first 3 here second 4 </perception>",
-            "<perception> first 3 so second 5 </perception>",
-        ]
-        rows = [[task.ID[word] for word in text.split()] for text in texts]
-        ids = torch.tensor([row + [task.PAD] * (9 - len(row)) for row in rows])
-        mask = ids != task.PAD
-        rewards = torch.tensor([0.0, 1.0])
-        sampled = rollouts.Rollouts(None, ids, mask, task.read(ids, mask), rewards, torch.zeros(2, dtype=torch.long))
-        found = variants.contradicted(sampled, torch.tensor([1, 1]))
-        assert [task.WORDS[i] for i in ids[found].tolist()] == ["the", "here", "4"]
-        assert not found[1].any()
+    def test_one_of_them_is_the_library_s(self, batch, more):
+        sampled, signals = batch
+        own = variants.sibling_weights(signals, more, perception="kl", **variants.WIDE)
+        usual = sampled.reading.parsed
+        assert (usual & (signals["advantages"] < 0)).sum() > 5
+        assert torch.equal(METHODS["srpo_sibling"](**signals)[usual], own[usual])
 
     def test_contradicted_evidence_is_blamed_and_other_evidence_spared(self, batch, more):
         _, signals = batch

@@ -1,6 +1,7 @@
 """Keep what was computed, so that a measurement that was stopped goes on where it was.
 
-What is kept is found by the code that made it and by its arguments: a change of either makes it anew.
+What is kept is found by the code that made it, by its arguments and by the number of threads, which orders sums: a
+change of any makes it anew.
 """
 
 import functools
@@ -34,7 +35,8 @@ def code(names: tuple[str, ...], library: bool = True) -> str:
 
 def kept(digest: str, name: str, make: Callable[[], Any]) -> Any:
     """Load what was made under this name by this code, or make and keep it."""
-    path = FOLDER / f"{digest} {name}.pt"
+    threads = torch.get_num_threads()
+    path = FOLDER / (f"{digest} {name}.pt" if threads == 1 else f"{digest} {name}, {threads} threads.pt")
     if not path.exists():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from grounding import task
 from grounding.model import LAYOUT, PATCHES, PREFIX, PrefixVLM
 from srpo import (
     METHODS,
+    CreditConfig,
     PatchMask,
     Role,
     group_advantages,
@@ -91,6 +92,7 @@ def score(
     signals = {
         "logps": streams.logps,
         "completion_mask": rollouts.mask,
+        "completion_ids": rollouts.ids,
         "role_ids": reading.role_ids,
         "advantages": rollouts.advantages,
         "entropy": streams.entropy,
@@ -102,6 +104,9 @@ def score(
     if "ablated_logps" in needs:
         ablated = streams_of(model, rollouts, credit="srpo", streams=("clean", "ablated"))
         signals["ablated_logps"] = ablated.ablated_logps
+    if "corrupted_kl" in needs:
+        by_divergence = {"credit": CreditConfig(contrast_kind="kl"), "streams": ("corrupted",)}
+        signals["corrupted_kl"] = streams_of(model, rollouts, **by_divergence).corrupted_kl
     if "teacher_logps" in needs:  # the teacher is the policy with the right answer as its hint
         signals["teacher_logps"] = _logps(model, rollouts, problems._replace(hint=problems.answer))
     if "similarity" in needs:

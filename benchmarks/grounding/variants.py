@@ -4,7 +4,6 @@
 weights follow evidence alone, and of srpo_signed, whose weights follow it with the sign of the advantage.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from srpo import (
     role_contrast,
     token_weights,
 )
+from srpo.methods import contradicted_by_sibling
 
 Signals = dict[str, Any]
 WIDE = {"weight_min": 0.5, "weight_max": 2.0}
@@ -43,6 +43,7 @@ SIBLING_WIDE: dict[str, dict[str, Any]] = {f"{name}, [0.5, 2]": x | WIDE for nam
 # the library has a name for some of them
 NAMED = {
     "evidence, [0.5, 2]": "srpo_wide", "evidence, image independence": "srpo_one_pass", "evidence, k3": "srpo_kl",
+    "sibling, full KL, [0.5, 2]": "srpo_sibling",
 }  # fmt: skip
 
 
@@ -74,7 +75,11 @@ def _asked() -> tuple[Question, ...]:
     found += [
         Question("blame by a right sibling?", "srpo", tuple(SIBLING)),
         Question("blame by a right sibling? (signed)", "srpo_signed", tuple(SIBLING)),
-        Question("blame by a right sibling? (signed, [0.5, 2])", "signed, [0.5, 2]", tuple(SIBLING_WIDE)),
+        Question(
+            "blame by a right sibling? (signed, [0.5, 2])",
+            "signed, [0.5, 2]",
+            tuple(NAMED.get(name, name) for name in SIBLING_WIDE),
+        ),
     ]
     return tuple(found)
 
@@ -91,13 +96,15 @@ def more_streams(model: PrefixVLM, rollouts: Rollouts, generator: torch.Generato
         found[name] = streams_of(model, rollouts, streams=("corrupted",), corruption=corruption).corrupted_logps
     drawn = streams_of(model, rollouts, streams=("corrupted",), corruption=CORRUPTION, generator=generator)
     found[PER_ROLLOUT] = drawn.corrupted_logps
-    divergences = streams_of(model, rollouts, credit=CreditConfig(contrast_kind="kl"))
-    found |= {"corrupted_kl": divergences.corrupted_kl, "ablated_kl": divergences.ablated_kl}
+    by_divergence = {"credit": CreditConfig(contrast_kind="kl"), "streams": ("ablated",)}
+    found["ablated_kl"] = streams_of(model, rollouts, **by_divergence).ablated_kl
     sibling = right_sibling(rollouts)
     ids, mask = perception_tokens(rollouts.ids, rollouts.reading.role_ids, rollouts.mask)
     swapped = {"other_perception_ids": ids[sibling], "other_perception_mask": mask[sibling]}
     found["sibling"] = streams_of(model, rollouts, streams=("ablated",), **swapped).ablated_logps
-    found["contradicted"] = contradicted(rollouts, sibling)
+    found["contradicted"] = contradicted_by_sibling(
+        rollouts.ids, rollouts.reading.role_ids, rollouts.advantages, rollouts.group_ids, rollouts.mask
+    )
     return found
 
 
@@ -108,20 +115,6 @@ def right_sibling(rollouts: Rollouts) -> Tensor:
     usable = same & (rollouts.rewards > 0) & (here != here[:, None])
     distance = torch.where(usable, (here - here[:, None]) % n, n)
     return torch.where(usable.any(1), distance.argmin(1), here)
-
-
-def contradicted(rollouts: Rollouts, sibling: Tensor) -> Tensor:
-    """Mark `[N, T]` the perception tokens of failing rollouts that the perception of the right sibling has not."""
-    seen = (rollouts.reading.role_ids == Role.PERCEPTION) & rollouts.mask
-    marked = torch.zeros_like(seen)
-    for i in (rollouts.advantages < 0).nonzero()[:, 0].tolist():
-        j = int(sibling[i])
-        columns = seen[i].nonzero()[:, 0]
-        own, other = rollouts.ids[i, columns].tolist(), rollouts.ids[j, seen[j]].tolist()
-        marked[i, columns] = True
-        for first, _, length in difflib.SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks():
-            marked[i, columns[first : first + length]] = False
-    return marked
 
 
 def all_weights(rollouts: Rollouts, signals: Signals, more: Signals) -> dict[str, Tensor]:
@@ -154,14 +147,13 @@ def _variants(preset: str, signals: Signals, more: Signals) -> dict[str, Tensor]
         return _weigh(found if change is None else change(found), signals, credit)
 
     credited = (signals["role_ids"] != Role.OTHER) & signals["completion_mask"]
-    kl = {"corrupted_kl": more["corrupted_kl"], "ablated_kl": more["ablated_kl"]}
     return {
         "[0.5, 2]": changed(**WIDE),
         "dead zone": changed(lambda c: _with_dead_zone(c, credited)),
         "image independence": changed(reasoning_signal="image_independence"),
         "abs": changed(contrast_kind="abs"),
         "k3": changed(contrast_kind="k3"),
-        "full KL": changed(contrast_kind="kl", streams={"corrupted_logps": None, "ablated_logps": None, **kl}),
+        "full KL": changed(contrast_kind="kl", streams={"ablated_kl": more["ablated_kl"]}),
         **{name: changed(streams={"corrupted_logps": more[name]}) for name in (PER_ROLLOUT, *CORRUPTIONS)},
     }
 
@@ -172,25 +164,29 @@ def _credit(preset: str, **changes: Any) -> CreditConfig:
         return CreditConfig(**{**vars(PRESETS[preset]), **changes})
 
 
-def sibling_weights(
-    signals: Signals, more: Signals, *, perception: str = "logratio", reasoning: str = "signed", **bounds: float
+def sibling_weights(signals: Signals, more: Signals, **settings: Any) -> Tensor:
+    """Blame what a right sibling contradicts; settings are those of `sibling_contrast`, and bounds of weights."""
+    bounds = {name: settings.pop(name) for name in WIDE if name in settings}
+    return _weigh(sibling_contrast(signals, more, **settings), signals, _credit("srpo", **bounds))
+
+
+def sibling_contrast(
+    signals: Signals, more: Signals, *, perception: str = "logratio", reasoning: str = "signed"
 ) -> Tensor:
-    """Blame what a right sibling contradicts, in failing rollouts; others are weighted by evidence.
+    """Blame what a right sibling contradicts, in failing rollouts; others keep their evidence.
 
     Args:
         perception: `"logratio"` or `"kl"`, the evidence by which a perception token is to blame where the sibling's
             perception has it not, and spared where it has it.
         reasoning: `"sibling"`, a token is to blame by how much likelier the own perception made it than that of the
             sibling; `"signed"` spares tokens by how much they rest on the own perception.
-        bounds: of weights.
     """
-    credit = _credit("srpo", **bounds)
     found = contrast("srpo", signals)
-    evidence = more["corrupted_kl"].nan_to_num(0.0) if perception == "kl" else found
+    evidence = signals["corrupted_kl"].nan_to_num(0.0) if perception == "kl" else found
     seen = torch.where(more["contradicted"], evidence, -evidence)
     derived = (signals["logps"] - more["sibling"]).nan_to_num(0.0) if reasoning == "sibling" else -found
     blamed = torch.where(signals["role_ids"] == Role.REASONING, derived, seen)
-    return _weigh(torch.where(signals["advantages"][:, None] < 0, blamed, found), signals, credit)
+    return torch.where(signals["advantages"][:, None] < 0, blamed, found)
 
 
 def contrast(preset: str, signals: Signals) -> Tensor:
@@ -199,7 +195,8 @@ def contrast(preset: str, signals: Signals) -> Tensor:
 
 
 def _contrast(credit: CreditConfig, signals: Signals) -> Tensor:
-    names = ("corrupted_logps", "ablated_logps", "corrupted_kl", "ablated_kl", "role_ids", "completion_mask")
+    streams = ("corrupted_kl", "ablated_kl") if credit.reads_kl else ("corrupted_logps", "ablated_logps")
+    names = (*streams, "role_ids", "completion_mask")
     return role_contrast(signals["logps"], **{name: signals.get(name) for name in names}, credit=credit).nan_to_num(0.0)
 
 
@@ -266,7 +263,7 @@ def agreement(name: str, weights: Tensor, signals: Signals) -> float:
     if followed is None:
         return float("nan")
     counts = signals["completion_mask"] & (signals["advantages"] != 0)[:, None]
-    if name in PRESETS:
+    if "role_ids" in METHODS[name].needs:
         counts = counts & (signals["role_ids"] != Role.OTHER)
     n = counts.sum(1, keepdim=True).clamp(min=1)
     x, y = (
@@ -282,6 +279,10 @@ def _followed(name: str, signals: Signals) -> Tensor | None:
         if PRESETS[name].strength == 0.0:
             return None
         return contrast(name, signals) * (sign if PRESETS[name].direction == "advantage" else 1.0)
+    if name == "srpo_sibling":
+        names = ("completion_ids", "role_ids", "advantages", "group_ids", "completion_mask")
+        marked = contradicted_by_sibling(**{name: signals[name] for name in names})
+        return sibling_contrast(signals, {"contradicted": marked}, **BY_DIVERGENCE)
     if name == "rlsd":
         return sign * (signals["teacher_logps"] - signals["logps"])
     if name in ("vppo", "pgpo"):

@@ -15,12 +15,13 @@ class Workers:
     Args:
         count: processes; each computes whole parts, so that sums are always taken in the same order.
         progress: where bars are drawn.
+        threads: of a single worker, where there is one part alone; these do change the order of sums.
     """
 
-    def __init__(self, count: int, progress: Progress) -> None:
+    def __init__(self, count: int, progress: Progress, threads: int = 1) -> None:
         self.progress = progress
         self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(count, context, torch.set_num_threads, (1,)) if count > 1 else None
 

@@ -15,6 +15,7 @@ from srpo.errors import ConfigError, Table, describe, refuse
 from srpo.methods.papo import papo_loss_term
 from srpo.methods.pgpo import pgpo_weights
 from srpo.methods.rlsd import linear_strength, rlsd_weights
+from srpo.methods.sibling import sibling_weights
 from srpo.methods.tor import tor_weights
 from srpo.methods.vgpo import vgpo_weights
 from srpo.methods.vppo import vppo_weights
@@ -25,9 +26,10 @@ SIGNALS: MappingProxyType[str, str] = MappingProxyType(
     {
         "logps": "score_streams(...).logps, or the trainer's old log-probs",
         "completion_mask": "the mask of valid completion tokens",
+        "completion_ids": "the token ids of the completions",
         "role_ids": "role_ids_from_completions(...).role_ids",
         "corrupted_logps": "score_streams(..., credit=...).corrupted_logps",
-        "corrupted_kl": "score_streams(..., credit=METHODS[...].with_kl('full')).corrupted_kl",
+        "corrupted_kl": "score_streams(..., credit=...).corrupted_kl, of a credit that reads divergences",
         "ablated_logps": "score_streams(..., credit=...).ablated_logps",
         "advantages": "group_advantages(rewards, group_ids)",
         "entropy": "score_streams(...).entropy",
@@ -49,7 +51,7 @@ class Method:
         passes: forward passes beyond the policy's own.
         changes: what it changes in the loss, in words.
         source: title and arXiv id.
-        kl: how it estimates the divergence from the corrupted stream; None: it has none.
+        kl: how it estimates the divergence from the corrupted stream; None: it has none, or one estimate alone.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Method:
     @property
     def reads_kl(self) -> bool:
         """Say whether the method reads divergences over the vocabulary, as `CreditConfig.reads_kl`."""
-        return self.kl == "full"
+        return "corrupted_kl" in self.needs
 
     def with_kl(self, kl: str) -> "Method":
         """Return the method with another estimate of the divergence from the corrupted stream.
@@ -79,7 +81,7 @@ class Method:
             kl: `"k3"` of the sampled token, which the published code computes and which is the default; or `"full"`,
                 over the whole vocabulary (`corrupted_kl`), by which the papers define it.
 
-        Raises: ConfigError for another word, or a method that has no divergence.
+        Raises: ConfigError for another word, or a method without a choice.
         """
         known = (self.kl,) if self.kl is None else ("k3", "full")
         if kl not in known:
@@ -120,7 +122,7 @@ class Method:
         if kl is not None and kl != self.kl:
             return self.with_kl(kl)(**signals)
         taken = self._taken(f"METHODS[{self.name!r}]", signals)
-        return self._weights(**({"corrupted_logps": None} if self.reads_kl else {}), **taken)
+        return self._weights(**({"corrupted_logps": None} | taken if self.reads_kl else taken))
 
     def loss_term(self, current_logps: Tensor, /, **signals: Any) -> Tensor:
         """Return what the method adds to the loss: 0 for all but PAPO.
@@ -182,6 +184,11 @@ _ALL = (
     _preset("srpo_one_pass", _BOTH[:2], "1", "as srpo; reasoning by image independence"),
     _preset("srpo_signed", (*_BOTH, "advantages"), "2", "as srpo, exponent signed by the advantage; mean free"),
     _preset("srpo_kl", _BOTH, "2", "as srpo, contrast k3"),
+    Method(
+        "srpo_sibling", (*_BOTH, "corrupted_kl", "completion_ids", "advantages", "group_ids"),
+        "2, divergences; CPU alignment", "as srpo_wide; failing rollouts by what a right sibling contradicts",
+        f"an idea of this library, on {_SRPO}", sibling_weights, _credit=PRESETS["srpo_wide"],
+    ),
     Method(
         "rlsd", ("teacher_logps", "advantages", "step"), "1 (teacher)", "token weights in [0.8, 1.2], annealed",
         "Self-Distilled RLVR, 2604.03128", _annealed,

@@ -303,7 +303,8 @@ class TestMethods:
         return {
             "logps": s.clean, "completion_mask": s.mask, "corrupted_logps": s.corrupted, "ablated_logps": ablated,
             "teacher_logps": s.teacher, "entropy": s.entropy, "similarity": s.similarity, "advantages": s.advantages,
-            "group_ids": s.groups, "role_ids": roles, "step": 10,
+            "group_ids": s.groups, "role_ids": roles, "step": 10, "corrupted_kl": (s.clean - s.corrupted).abs(),
+            "completion_ids": torch.randint(9, (B, T), generator=torch.Generator().manual_seed(2)),
         }  # fmt: skip
 
     @pytest.mark.parametrize("name", m.METHODS)
