@@ -13,9 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from srpo import ConfigError, ConfigWarning, DtypeError, ShapeError, checks, role_weighted_grpo_loss_from_logps
+from srpo import (
+    PRESETS,
+    ConfigError,
+    ConfigWarning,
+    DtypeError,
+    NonFiniteError,
+    RoleParseError,
+    ShapeError,
+    checks,
+    role_weighted_grpo_loss_from_logps,
+    token_weights,
+)
 from srpo import methods as m
 from srpo.credit import as_dtype
+from srpo.streams import no_evidence, not_scored
 
 NAN = float("nan")
 MASK = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
@@ -462,3 +474,85 @@ class TestBadInput:
     def test_a_second_entropy_that_trains_nothing(self):
         with pytest.warns(ConfigWarning, match="trains nothing"):
             m.papo_loss_term(self.x.clone().requires_grad_(), self.x, self.mask, corrupted_entropy_weight=0.03)
+
+
+class TestSiblings:
+    """Two prompts of two and three rollouts; perception in the first four columns, reasoning in the others."""
+
+    ids = torch.tensor([
+        [5, 3, 7, 2, 9, 9], [5, 4, 7, 2, 9, 9], [5, 6, 7, 8, 9, 9], [5, 1, 7, 8, 9, 9], [6, 6, 7, 8, 9, 9],
+    ])  # fmt: skip
+    roles = torch.tensor([[1, 1, 1, 1, 2, 2]] * 5)
+    groups, advantages = torch.tensor([4, 4, 2, 2, 2]), torch.tensor([-1.0, 1.0, 0.0, -0.5, 1.0])
+
+    def signals(self, **changed) -> dict:
+        generator = torch.Generator().manual_seed(0)
+        logps = -torch.rand(5, 6, generator=generator)
+        own = {
+            "logps": logps, "corrupted_logps": logps - torch.rand(5, 6, generator=generator),
+            "ablated_logps": logps - torch.rand(5, 6, generator=generator),
+            "corrupted_kl": torch.rand(5, 6, generator=generator), "role_ids": self.roles, "completion_ids": self.ids,
+            "advantages": self.advantages, "group_ids": self.groups,
+        }  # fmt: skip
+        return own | changed
+
+    def test_marks(self):
+        """The failing rows 0 and 3 are compared with 1 and 4; the others are not marked."""
+        found = m.contradicted_by_sibling(self.ids, self.roles, self.advantages, self.groups)
+        assert found.nonzero().tolist() == [[0, 1], [3, 0], [3, 1]]
+        masked = torch.ones_like(self.ids)
+        masked[0, 1] = 0
+        assert m.contradicted_by_sibling(self.ids, self.roles, self.advantages, self.groups, masked)[0].sum() == 0
+
+    def test_weights_are_those_of_the_contrasts_of_the_equations(self):
+        s = self.signals()
+        evidence = s["logps"] - torch.where(self.roles == 1, s["corrupted_logps"], s["ablated_logps"])
+        marked = m.contradicted_by_sibling(self.ids, self.roles, self.advantages, self.groups)
+        blame = torch.where(self.roles == 1, torch.where(marked, 1, -1) * s["corrupted_kl"], -evidence)
+        contrast = torch.where((self.advantages < 0)[:, None], blame, evidence)
+        expected = token_weights(contrast, self.roles, credit=PRESETS["srpo_wide"])
+        torch.testing.assert_close(m.METHODS["srpo_sibling"](**s), expected)
+        torch.testing.assert_close(m.METHODS["srpo_sibling"](**s)[[1, 2, 4]], m.METHODS["srpo_wide"](**s)[[1, 2, 4]])
+
+    def test_nobody_to_compare_with(self):
+        alone = m.METHODS["srpo_sibling"](**self.signals(group_ids=torch.arange(5)))
+        assert (alone[[0, 3]] == 1).all()
+        assert (alone[1] != 1).any()
+        blind = self.roles.clone()
+        blind[1, :4] = 0  # the better rollout says nothing that it saw
+        weights = m.METHODS["srpo_sibling"](**self.signals(role_ids=blind))
+        assert (weights[0] == 1).all()
+
+    def test_a_row_without_a_picture_keeps_its_weights(self):
+        """Its perception has no evidence, so a role is missing, as for srpo."""
+        s = self.signals()
+        for name in ("corrupted_logps", "corrupted_kl"):
+            s[name] = s[name].clone()
+            s[name][0] = no_evidence(s[name])
+        weights = m.METHODS["srpo_sibling"](**s)
+        assert (weights[0] == 1).all()
+        assert weights.isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("changed", "error", "said"),
+        [
+            ({"completion_ids": ids[:, :5]}, ShapeError, "completion_ids"),
+            ({"completion_ids": ids.float()}, DtypeError, "completion_ids"),
+            ({"advantages": torch.ones(5, 6)}, ShapeError, r"advantages.*\[B\]"),
+            ({"advantages": torch.full((5,), torch.nan)}, NonFiniteError, "advantages"),
+            ({"group_ids": groups.float()}, DtypeError, "group_ids"),
+            ({"corrupted_kl": torch.full((5, 6), -1.0)}, NonFiniteError, "corrupted_kl"),
+            ({"corrupted_kl": not_scored(torch.zeros(1)).expand(5, 6)}, ConfigError, "corrupted_kl.*not scored"),
+            ({"role_ids": roles + 2}, RoleParseError, "role_ids"),
+        ],
+    )
+    def test_bad_input(self, changed, error, said):
+        with pytest.raises(error, match=said):
+            m.METHODS["srpo_sibling"](**self.signals(**changed))
+
+    def test_one_scoring_gives_all_streams(self):
+        method = m.METHODS["srpo_sibling"]
+        assert method.streams == ("corrupted", "ablated")
+        assert method.reads_kl
+        with pytest.raises(ConfigError, match=r"kl got .k3.*leave it out"):
+            method.with_kl("k3")
