@@ -448,7 +448,8 @@ class TestChecks:
         assert self.judge({"srpo_signed": 0.6}) == ["the negated contrast is worse than srpo_signed"]
         assert self.judge({"oracle: fillers": 0.97}) == ["fillers up are far worse than GRPO"]
         assert self.judge({"oracle: wrong digits": 0.99}) == ["wrong digits blamed are better than GRPO"]
-        room = "there is room: the first error blamed gains {} or more"
+        room = "there is room: the better oracle gains {} or more"
+        assert self.judge({"oracle: first error": 1.3, "oracle: wrong digits": 1.7}) == []
         assert self.judge({"oracle: first error": 1.5}) == [room.format(1.6)]
         assert self.judge({"oracle: first error": 1.5}, updated=True) == []
         assert self.judge({"oracle: first error": 1.3}, updated=True) == [room.format(1.4)]
