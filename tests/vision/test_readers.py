@@ -92,6 +92,24 @@ def test_weights_of_a_neighbour_against_float64(rollout, truth, name):
     torch.testing.assert_close(weights_of(name, rollout, streams).double(), expected, rtol=0, atol=1e-4)
 
 
+def test_one_scoring_serves_blame_by_siblings(rollout, truth):
+    streams = rollout.score(credit="srpo_sibling")
+    divergences = rollout.score(credit=CreditConfig(contrast_kind="kl"))
+    rows = METHODS["srpo_sibling"].rows("corrupted", rollout.roles, rollout.valid)
+    torch.testing.assert_close(streams.corrupted_kl[rows], divergences.corrupted_kl[rows])
+    for name, got in (("corrupted", streams.corrupted_logps), ("ablated", streams.ablated_logps)):
+        read = METHODS["srpo_sibling"].rows(name, rollout.roles, rollout.valid)
+        torch.testing.assert_close(got[read].double(), truth[name][read], rtol=0, atol=1e-5)
+    signals = {name: getattr(streams, name) for name in ("logps", "corrupted_logps", "ablated_logps", "corrupted_kl")}
+    weights = METHODS["srpo_sibling"](
+        **signals, role_ids=rollout.roles, completion_mask=rollout.valid, advantages=ADVANTAGES,
+        completion_ids=torch.arange(rollout.roles.numel()).view_as(rollout.roles) % 50,
+        group_ids=torch.zeros(len(rollout.roles), dtype=torch.long),
+    )  # fmt: skip
+    assert weights.isfinite().all()
+    assert (weights[rollout.valid & (rollout.roles > 0)] != 1).any()
+
+
 MISMATCHES = [(a, b) for a, b in itertools.product(READERS, repeat=2) if a != b]
 
 
