@@ -76,8 +76,10 @@ def sibling_weights(
     call.tensor("corrupted_kl", corrupted_kl, [layout.shape], "[B, T]", "float")
     checks.scored(call, "corrupted_kl", corrupted_kl, perception, "sibling_weights reads")
     call.divergences("corrupted_kl", corrupted_kl, perception)
-    streams = {"corrupted_logps": corrupted_logps, "ablated_logps": ablated_logps}
-    evidence = role_contrast(logps, **streams, role_ids=roles, completion_mask=mask, credit=credit)
+    evidence = role_contrast(
+        logps, corrupted_logps=corrupted_logps, ablated_logps=ablated_logps, role_ids=roles, completion_mask=mask,
+        credit=credit,
+    )  # fmt: skip
     kl = corrupted_kl.to(evidence.dtype).clamp(max=credit.contrast_clamp)
     blame = torch.where(perception, torch.where(marked, kl, -kl), -evidence)
     blame = torch.where((sibling >= 0)[:, None], blame, 0.0)  # nobody to compare with: equal contrasts, weight 1
