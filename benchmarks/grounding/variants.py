@@ -27,6 +27,7 @@ from srpo import (
     token_weights,
 )
 from srpo.methods import contradicted_by_sibling
+from srpo.methods.sibling import next_in_group
 
 Signals = dict[str, Any]
 WIDE = {"weight_min": 0.5, "weight_max": 2.0}
@@ -110,11 +111,8 @@ def more_streams(model: PrefixVLM, rollouts: Rollouts, generator: torch.Generato
 
 def right_sibling(rollouts: Rollouts) -> Tensor:
     """Return `[N]` the next rollout of the same prompt whose answer is right; the own one where there is none."""
-    n, here = len(rollouts.ids), torch.arange(len(rollouts.ids))
-    same = rollouts.group_ids[:, None] == rollouts.group_ids
-    usable = same & (rollouts.rewards > 0) & (here != here[:, None])
-    distance = torch.where(usable, (here - here[:, None]) % n, n)
-    return torch.where(usable.any(1), distance.argmin(1), here)
+    found = next_in_group(rollouts.rewards > 0, rollouts.group_ids)
+    return torch.where(found < 0, torch.arange(len(found)), found)
 
 
 def all_weights(rollouts: Rollouts, signals: Signals, more: Signals) -> dict[str, Tensor]:

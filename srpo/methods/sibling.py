@@ -113,7 +113,7 @@ def contradicted_by_sibling(
 
     Memory: a `[B, B]` mask. Perceptions are aligned on the CPU, a rollout at a time: a GPU waits for it.
 
-    Raises: ShapeError, DtypeError, DeviceError, RoleParseError.
+    Raises: ShapeError, DtypeError, DeviceError, RoleParseError, NonFiniteError.
 
     Example:
         >>> import torch
@@ -147,7 +147,7 @@ def _compared(
     call.tensor("group_ids", group_ids, [rows], "[B]", "int")
     seen = ((roles == Role.PERCEPTION) & mask).cpu()
     ids, A = completion_ids.cpu(), advantages.cpu()
-    sibling = _siblings((A > 0) & seen.any(1), group_ids.cpu())
+    sibling = next_in_group((A > 0) & seen.any(1), group_ids.cpu())
     marked = torch.zeros_like(seen)
     for i in ((A < 0) & (sibling >= 0)).nonzero()[:, 0].tolist():
         columns = seen[i].nonzero()[:, 0]
@@ -158,10 +158,10 @@ def _compared(
     return sibling.to(mask.device), marked.to(mask.device)
 
 
-def _siblings(usable: Tensor, group_ids: Tensor) -> Tensor:
-    """Return `[B]` the next usable row of the same group, in order and around; -1 where there is none."""
+def next_in_group(usable: Tensor, group_ids: Tensor) -> Tensor:
+    """Return `[B]` the next other row of the same group that is usable, in order and around; -1 where there is none."""
     B = len(usable)
     rows = torch.arange(B)
-    same = (group_ids[:, None] == group_ids) & usable
+    same = (group_ids[:, None] == group_ids) & usable & (rows != rows[:, None])
     distance = torch.where(same, (rows - rows[:, None]) % max(B, 1), B)
     return torch.where(same.any(1), distance.argmin(1), -1) if B else rows
